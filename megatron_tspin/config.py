@@ -1,0 +1,232 @@
+"""Every setting of a run, with its type, its default, its bounds and its command-line flag.
+
+This is the only place that holds a default. A run is described by a YAML file with the sections below; flags (with
+Megatron's names where Megatron has one) override it. Unknown keys, wrong types and impossible combinations are refused
+by name.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
+CHAT_TEMPLATE = "chat"
+
+Method = Literal["tspin", "spin", "tspin_ref", "sft"]
+
+
+def setting(default: Any, flag: str | None, description: str, **bounds: Any) -> Any:
+    """A config field with its flag. `...` as default makes it required; `flag=None` hides it from the command line."""
+    return Field(default, description=description, json_schema_extra={"flag": flag}, **bounds)
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=False)
+
+
+class ModelSection(Section):
+    """The initial policy."""
+
+    hf_checkpoint: str = setting(..., "--hf-checkpoint", "Folder of the HF checkpoint (config.json, *.safetensors).")
+    tokenizer: str | None = setting(
+        None, "--tokenizer-model", "Folder with tokenizer.json, or a SentencePiece model. Default: the checkpoint."
+    )
+
+
+class DataSection(Section):
+    """The annotated answers."""
+
+    annotated: str = setting(..., "--annotated", "JSONL with `prompt` and `response`, or `messages`, on each line.")
+    held_out: str | None = setting(None, "--held-out", "JSONL of held-out examples, evaluated after each iteration.")
+    template: str = setting(
+        PAPER_TEMPLATE, "--template", "Text around `{prompt}`, or `chat` for the tokenizer's own chat template."
+    )
+    seq_length: int = setting(2048, "--seq-length", "Most tokens of a prompt and one response together.", ge=8)
+    over_long: Literal["refuse", "drop", "truncate"] = setting(
+        "refuse", "--over-long", "What to do with an annotated response that does not fit into --seq-length."
+    )
+    tokenizer_threads: int = setting(2, "--tokenizer-threads", "Threads that tokenize.", ge=1)
+
+    @model_validator(mode="after")
+    def _template_has_one_prompt(self) -> "DataSection":
+        if self.template != CHAT_TEMPLATE and self.template.count("{prompt}") != 1:
+            raise ValueError(f"template must be `{CHAT_TEMPLATE}` or contain {{prompt}} exactly once")
+        return self
+
+
+class ObjectiveSection(Section):
+    """What a step minimises (paper, equations 1, 3, 7 and 9)."""
+
+    method: Method = setting("tspin", "--tspin-method", "Objective of the run.")
+    link: Literal["logistic", "exponential"] = setting(
+        "logistic", "--tspin-link", "l(x): log(1 + exp(-x)), the paper's, or exp(-x)."
+    )
+    alpha: float = setting(1.0, "--tspin-alpha", "Scale of the log-prob advantages (tspin, tspin_ref).", gt=0)
+    beta: float = setting(0.1, "--tspin-beta", "Weight of the historical advantage (tspin, tspin_ref).", ge=0)
+    first_iteration_beta: float = setting(
+        0.0, "--tspin-first-iteration-beta", "beta of iteration 0, where y' and y0 come from the same policy.", ge=0
+    )
+    spin_lambda: float = setting(0.1, "--tspin-spin-lambda", "Scale of the log-ratio margin (spin).", gt=0)
+    nll_weight: float = setting(
+        0.0, "--tspin-nll-weight", "Weight of an extra -log pi(y) per annotated token; not part of the paper.", ge=0
+    )
+
+
+class OptimizerSection(Section):
+    """The optimizer and its learning-rate schedule, restarted in every self-play iteration."""
+
+    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "--optimizer", "rmsprop (the paper's) or adam (AdamW).")
+    lr: float = setting(5e-7, "--lr", "Peak learning rate.", gt=0)
+    lr_by_iteration: list[float] = setting(
+        [],
+        "--tspin-lr-by-iteration",
+        "Peak learning rate of iteration 0, 1, ... (the last one repeats); overrides --lr.",
+    )
+    min_lr: float = setting(0.0, "--min-lr", "Learning rate at the end of the decay.", ge=0)
+    lr_decay_style: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "--lr-decay-style", "Shape of the decay."
+    )
+    lr_warmup_fraction: float = setting(
+        0.1, "--lr-warmup-fraction", "Share of an iteration's steps with a rising learning rate.", ge=0, lt=1
+    )
+    weight_decay: float = setting(0.0, "--weight-decay", "Decoupled weight decay.", ge=0)
+    clip_grad: float = setting(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.", ge=0)
+    rmsprop_smoothing: float = setting(
+        0.99, "--tspin-rmsprop-smoothing", "Decay of RMSProp's mean square (torch's `alpha`).", gt=0, lt=1
+    )
+    adam_beta1: float = setting(0.9, "--adam-beta1", "AdamW's first moment decay.", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "--adam-beta2", "AdamW's second moment decay.", ge=0, lt=1)
+    eps: float = setting(1e-8, "--adam-eps", "Added to the root of the mean square.", gt=0)
+
+    def peak_lr(self, iteration: int) -> float:
+        """Peak learning rate of a self-play iteration."""
+        if not self.lr_by_iteration:
+            return self.lr
+        return self.lr_by_iteration[min(iteration, len(self.lr_by_iteration) - 1)]
+
+
+class TrainingSection(Section):
+    """One self-play iteration of training. Batch sizes count triplets."""
+
+    micro_batch_size: int = setting(4, "--micro-batch-size", "Triplets in one forward pass of one replica.", ge=1)
+    global_batch_size: int = setting(64, "--global-batch-size", "Triplets in one optimizer step.", ge=1)
+    epochs: int = setting(1, "--tspin-epochs", "Passes over the triplets in one self-play iteration.", ge=1)
+    train_iters: int | None = setting(
+        None, "--train-iters", "Optimizer steps of one self-play iteration; overrides --tspin-epochs.", ge=1
+    )
+    save_interval: int | None = setting(
+        None, "--save-interval", "Steps between checkpoints inside an iteration. Default: only at its end.", ge=1
+    )
+    recompute_granularity: Literal["full", "selective"] | None = setting(
+        None, "--recompute-granularity", "Recompute activations in backward: whole layers, or attention only."
+    )
+    bf16: bool = setting(False, "--bf16", "Compute in bfloat16 with fp32 master weights; otherwise fp32.")
+    tensorboard: bool = setting(True, "--tspin-tensorboard", "Write TensorBoard events beside metrics.jsonl.")
+
+
+class ParallelSection(Section):
+    """Layout of the ranks that train. The number of processes is TP x PP x DP."""
+
+    tensor_model_parallel_size: int = setting(
+        1, "--tensor-model-parallel-size", "TP: ranks that split each layer.", ge=1
+    )
+    pipeline_model_parallel_size: int = setting(
+        1, "--pipeline-model-parallel-size", "PP: ranks that split the stack of layers.", ge=1
+    )
+    data_parallel_size: int = setting(1, "--tspin-data-parallel-size", "DP: replicas of the policy.", ge=1)
+    sequence_parallel: bool = setting(
+        False, "--sequence-parallel", "Split norms and dropout over TP along the sequence."
+    )
+    use_distributed_optimizer: bool = setting(
+        False, "--use-distributed-optimizer", "Shard the optimizer's state over DP."
+    )
+    cpu_threads: int = setting(1, "--tspin-cpu-threads", "Threads of each rank on a machine without CUDA.", ge=1)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelSection":
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
+        return self
+
+
+class GenerationSection(Section):
+    """How the policy answers the prompts."""
+
+    temperature: float = setting(1.0, "--tspin-temperature", "Divides the logits; 0 is greedy.", ge=0)
+    top_p: float = setting(1.0, "--tspin-top-p", "Smallest set of tokens with this probability.", gt=0, le=1)
+    top_k: int = setting(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
+    max_new_tokens: int = setting(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
+    batch_size: int = setting(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
+    shard_size: int = setting(256, "--tspin-shard-size", "Prompts in one resumable output file.", ge=1)
+    tensor_model_parallel_size: int | None = setting(
+        None, "--tspin-generation-tensor-model-parallel-size", "TP of generation. Default: training's.", ge=1
+    )
+    pipeline_model_parallel_size: int | None = setting(
+        None, "--tspin-generation-pipeline-model-parallel-size", "PP of generation. Default: training's.", ge=1
+    )
+    data_parallel_size: int | None = setting(
+        None, "--tspin-generation-data-parallel-size", "DP of generation. Default: training's.", ge=1
+    )
+
+
+class SelfPlaySection(Section):
+    """The outer loop (Algorithm 1)."""
+
+    iterations: int = setting(5, "--tspin-iterations", "Self-play iterations.", ge=1)
+
+
+class EvaluationSection(Section):
+    """What is measured on the held-out examples before the first and after each iteration."""
+
+    scorer: str | None = setting(
+        None,
+        "--tspin-scorer",
+        "`path/to/file.py:function` or `package.module:function`, called with (record, response), returning 0..1.",
+    )
+    greedy: bool = setting(True, "--tspin-evaluate-greedy", "Score the most probable answers.")
+    sampled: bool = setting(True, "--tspin-evaluate-sampled", "Score answers sampled with the generation settings.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = setting(..., "--run-dir", "Folder of the run; a run that was interrupted continues from it.")
+    seed: int = setting(1234, "--seed", "Seed of the data order and of every sampled response.", ge=0)
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    parallel: ParallelSection = ParallelSection()
+    generation: GenerationSection = GenerationSection()
+    self_play: SelfPlaySection = SelfPlaySection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        training, data_parallel = self.training, self.parallel.data_parallel_size
+        per_pass = training.micro_batch_size * data_parallel
+        if training.global_batch_size % per_pass:
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+                f"micro_batch_size x data_parallel_size ({training.micro_batch_size} x {data_parallel})"
+            )
+        if self.generation.max_new_tokens >= self.data.seq_length:
+            raise ValueError(
+                f"generation.max_new_tokens ({self.generation.max_new_tokens}) must be smaller than "
+                f"data.seq_length ({self.data.seq_length}), which has to hold the prompt too"
+            )
+        return self
+
+    def generation_layout(self) -> ParallelSection:
+        """The layout of the stages that only run the policy forward: training's, with generation's overrides."""
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+        overrides = {name: getattr(self.generation, name) or getattr(self.parallel, name) for name in sizes}
+        return ParallelSection(**overrides, cpu_threads=self.parallel.cpu_threads)

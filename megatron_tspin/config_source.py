@@ -1,0 +1,163 @@
+"""Where a config comes from: a YAML file and command-line flags, merged, then validated in one go."""
+
+import argparse
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_tspin.config import Config, Section
+from megatron_tspin.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML alone reads `1e-6` as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the config tree."""
+
+    path: tuple[str, ...]
+    flag: str | None
+    field: FieldInfo
+
+    @property
+    def name(self) -> str:
+        """Dotted name, as in error messages: `optimizer.lr`."""
+        return ".".join(self.path)
+
+
+def settings(section: type[Section] = Config, prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
+    """All leaves of the config tree, in order."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings(field.annotation, (*prefix, name))
+        else:
+            extra = typing.cast(dict[str, Any], field.json_schema_extra)
+            yield Setting((*prefix, name), extra["flag"], field)
+
+
+def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
+    """Adds a flag for each setting, grouped by section.
+
+    Args:
+        parser: Receives the flags. Those not given on the command line are absent from the namespace.
+        only: Names of the sections to offer ("" for the settings outside any); None offers all.
+    """
+    wanted = None if only is None else set(only)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in settings():
+        section = item.path[0] if len(item.path) > 1 else ""
+        if item.flag is None or (wanted is not None and section not in wanted):
+            continue
+        if section not in groups:
+            annotation = Config.model_fields[section].annotation if section else None
+            title = (annotation.__doc__ or "").splitlines()[0].rstrip(".") if annotation else "the run"
+            groups[section] = parser.add_argument_group(f"{section or 'run'}: {title}")
+        groups[section].add_argument(item.flag, dest=item.name, default=argparse.SUPPRESS, **_flag_options(item.field))
+
+
+def _flag_options(field: FieldInfo) -> dict[str, Any]:
+    """Options of argparse's `add_argument` for a field."""
+    annotation = _without_none(field.annotation)
+    default = f" [{field.default}]" if not field.is_required() and field.default not in (None, []) else ""
+    options: dict[str, Any] = {"help": f"{field.description or ''}{default}".replace("%", "%%").replace("\n", "\\n")}
+    if annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(annotation) is Literal:
+        options["choices"] = typing.get_args(annotation)
+    elif typing.get_origin(annotation) is list:
+        options |= {"type": typing.get_args(annotation)[0], "nargs": "+", "metavar": "X"}
+    else:
+        options |= {"type": annotation, "metavar": str(getattr(annotation, "__name__", "value")).upper()}
+    return options
+
+
+def _without_none(annotation: Any) -> Any:
+    """`T` of `T | None`."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def overrides(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings given as flags, by dotted name."""
+    names = {item.name for item in settings()}
+    return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Reads a YAML file, applies flags and validates.
+
+    Args:
+        path: The YAML file; None starts from the defaults.
+        flags: Settings by dotted name, stronger than the file.
+
+    Raises:
+        InputError: The file is missing or no YAML mapping, or settings are refused; all of them in one message.
+    """
+    tree = {} if path is None else _read_yaml(path)
+    for name, value in flags.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        source = "the command line" if path is None else str(path)
+        raise InputError("\n".join(_explain(source, item) for item in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such config file")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected sections such as `model:` and `data:`, found {type(tree).__name__}")
+    return tree
+
+
+def _explain(source: str, item: Any) -> str:
+    """One line for one refused setting."""
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = [leaf.name for leaf in settings()]
+        close = difflib.get_close_matches(name, known, n=1) or [
+            leaf for leaf in known if leaf.endswith("." + name.split(".")[-1])
+        ]
+        hint = f"; did you mean `{close[0]}`?" if close else "; see `tspin run --help` for all settings"
+        return f"{source}: unknown setting `{name}`{hint}"
+    if item["type"] == "missing":
+        flag = next((leaf.flag for leaf in settings() if leaf.name == name), None)
+        return f"{source}: `{name}` is missing; set it in the file" + (f" or with {flag}" if flag else "")
+    message = item["msg"].removeprefix("Value error, ")
+    if not name or item["type"] == "value_error":
+        return f"{source}: {name + ': ' if name else ''}{message}"
+    return f"{source}: `{name}` = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every setting written out."""
+    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return text

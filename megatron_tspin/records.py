@@ -1,0 +1,161 @@
+"""Lines of the JSONL files that stages hand to each other, one schema each."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_tspin.errors import ArtifactError, InputError
+
+
+class Record(BaseModel):
+    """One line: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def line(self) -> str:
+        """The record as one JSON line, newline included."""
+        return self.model_dump_json() + "\n"
+
+
+class Response(Record):
+    """A response as it was sampled: its ids are stored and scored as they are, never re-tokenized."""
+
+    id: str
+    """Id of the prompt."""
+    response_ids: list[int]
+    """Sampled token ids; the EOS is there if and only if it was sampled."""
+    token_log_probs: list[float]
+    """log pi of each id under the policy at temperature 1, whatever the sampling settings were."""
+    ended: bool
+    """Whether the EOS was sampled before the limit on new tokens."""
+    text: str
+    """The ids decoded, special tokens left out; for people and scorers."""
+
+
+class ScoredResponse(Record):
+    """A sequence log-prob that `tspin score` wrote."""
+
+    id: str
+    log_prob: float
+    """Sum of the token log-probs over the response, closing EOS included."""
+    num_tokens: int
+
+
+class StepMetrics(Record):
+    """One optimizer step. Means are over the triplets of the global batch; a role that was not computed is None."""
+
+    iteration: int
+    """Self-play iteration."""
+    step: int
+    """Optimizer step inside the iteration, from 1."""
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    update_skipped: bool
+    """True when no triplet was active, so that no update was made."""
+    num_triplets: int
+    log_prob_annotated: float | None
+    log_prob_synthetic: float | None
+    log_prob_proto: float | None
+    tokens_annotated: float | None
+    """Mean response length in tokens."""
+    tokens_synthetic: float | None
+    tokens_proto: float | None
+    current_advantage: float | None
+    """Mean log pi(y) - log pi(y'), minus the references' difference where the method has a reference."""
+    historical_advantage: float | None
+    current_margin: float | None
+    """Mean of the link function's argument, e.g. alpha times the current advantage."""
+    active_share: float | None
+    """Share of triplets whose scaled current margin is at most 5, so that the link function still has a slope."""
+    mean_slope: float | None
+    """Mean of sigmoid(-margin): the weight that the logistic link gives to a triplet."""
+    identical_share: float | None
+    """Share of triplets with y' = y, which the current advantage cannot teach anything."""
+    tokens_per_second: float
+    """Response and prompt tokens that were not padding, over all ranks."""
+    seconds: float
+
+
+class DecodingResult(Record):
+    """Held-out answers under one way of decoding."""
+
+    num_prompts: int
+    accuracy: float | None
+    """Mean score; an answer that did not end scores 0. None without a scorer."""
+    standard_error: float | None
+    ended_share: float
+    mean_tokens: float
+
+
+class Evaluation(Record):
+    """The policy after `iteration` self-play iterations, on the held-out examples."""
+
+    iteration: int
+    """0 is the initial policy."""
+    greedy: DecodingResult | None
+    sampled: DecodingResult | None
+    log_prob_annotated: float
+    """Mean sequence log-prob of the annotated held-out answers."""
+    log_prob_sampled: float | None
+    """Mean sequence log-prob of the sampled held-out answers."""
+    nll_per_token: float
+    """Negative log-prob of the annotated held-out answers per response token."""
+
+
+class RolloutSummary(Record):
+    """What the opponent's (or the initial policy's) answers to the training prompts look like."""
+
+    num_responses: int
+    ended_share: float
+    empty_share: float
+    """Share of responses that consist of the EOS alone."""
+    identical_share: float | None
+    """Share equal to the annotated response."""
+    mean_tokens: float
+    mean_log_prob: float
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+def read_records(path: Path, kind: type[RecordType]) -> Iterator[RecordType]:
+    """Reads a JSONL file that this project wrote.
+
+    Raises:
+        InputError: The file is missing.
+        ArtifactError: A line is torn or has other fields; names file and line.
+    """
+    for number, value in read_json_lines(path):
+        try:
+            yield kind.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{path}:{number}: field `{name}`: {first['msg']}") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a JSONL file, blank lines skipped.
+
+    Raises:
+        InputError: The file is missing, or a line is not UTF-8 or not a JSON object; names file and line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not valid UTF-8 at byte {error.start}") from error
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+            if not isinstance(value, dict):
+                raise InputError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+            yield number, value
