@@ -1,0 +1,1 @@
+"""The policy: HF architectures on megatron-core."""

@@ -1,0 +1,110 @@
+"""Core attention and RMSNorm for megatron-core's layers, readable and the same on every platform.
+
+megatron-core's local attention forks CUDA's random state and its local norm refuses sequence parallelism; these two
+do neither. Both come in through the layer spec (`models/provider.py`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, one per layer, used while generating.
+
+    Slots along the sequence are shared by the rows of the batch: shorter prompts are padded on the left.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.filled = 0
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the keys and values [s, b, groups, d] of new tokens; returns all so far [filled, b, groups, d]."""
+        if self._key is None or self._value is None:
+            self._key = key.new_empty((self.slots, *key.shape[1:]))
+            self._value = value.new_empty((self.slots, *value.shape[1:]))
+        end = self.filled + key.shape[0]
+        self._key[self.filled : end] = key
+        self._value[self.filled : end] = value
+        self.filled = end
+        return self._key[:end], self._value[:end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows of the batch but `rows` (int64 indices)."""
+        if self._key is not None and self._value is not None:
+            self._key, self._value = self._key[:, rows], self._value[:, rows]
+
+
+class CausalAttention(torch.nn.Module):
+    """Scaled dot-product attention over torch's SDPA.
+
+    Without a mask rows are causal (padding on the right is never attended to). With a mask, `attention_mask` is boolean
+    [b, 1, queries, keys], True where a query sees a key, and has to contain causality and the sliding window.
+    """
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        """Takes what megatron-core's attention hands to a core attention; the rest of it does not concern this one."""
+        super().__init__()
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window: int | None = config.sliding_window_keys
+        self.cache: KeyValueCache | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            query: [s, b, heads, d], rotated.
+            key: [s, b, groups, d], rotated.
+            value: [s, b, groups, d].
+            attention_mask: See the class.
+
+        Returns:
+            [s, b, heads * d].
+        """
+        if self.cache is not None:
+            key, value = self.cache.append(key, value)
+        repeats = query.shape[2] // key.shape[2]
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or groups, s, d]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        if attention_mask is None and self.window is not None and q.shape[2] > self.window:
+            attention_mask = window_mask(q.shape[2], self.window, q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, scale=self.scale
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, length, length], True where the key is one of the last `window` positions, the query's own included."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight, computed in fp32, with the weight marked for sequence parallelism.
+
+    The signature is what megatron-core's spec builder calls a norm with.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # megatron-core sums the gradients of marked parameters over TP, as each rank saw its part of the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises the last dimension of [s, b, h]."""
+        wide = hidden.float()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normal.to(hidden.dtype)

@@ -1,0 +1,114 @@
+"""The policy: megatron-core's GPTModel whose last stage answers with log-probs of responses instead of logits."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_tspin.models.attention import CausalAttention, KeyValueCache
+from megatron_tspin.models.head import (
+    ResponseTargets,
+    VocabularyShard,
+    full_logits,
+    sum_by_response,
+    token_log_probs,
+)
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.rotary import RotaryFrequencies
+
+
+class PolicyModel(GPTModel):
+    """A causal language model that returns what T-SPIN needs.
+
+    Built by `models.provider.model_provider`. Hidden states are [s, b, h] (s split over TP under sequence parallelism).
+    """
+
+    def __init__(self, architecture: Architecture, rotary: RotaryFrequencies, **arguments: Any) -> None:
+        super().__init__(
+            vocab_size=architecture.padded_vocab_size(arguments["config"].tensor_model_parallel_size),
+            max_sequence_length=architecture.max_positions,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="none",  # rotary angles come from explicit position ids, below
+            **arguments,
+        )
+        self.architecture = architecture
+        self.rotary = rotary
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        targets: ResponseTargets | None = None,
+        *,
+        next_token_logits: bool = False,
+    ) -> Tensor:
+        """Runs this stage of the policy.
+
+        Args:
+            tokens: int64 [b, s].
+            position_ids: int64 [b, s].
+            attention_mask: None for causal rows, or as `CausalAttention` describes.
+            targets: The response tokens whose log-probs are wanted.
+            next_token_logits: Ask for the logits after the last position instead.
+
+        Returns:
+            On all but the last stage the hidden states [s, b, h]; on the last one the sequence log-probs fp32
+            [num_responses], or logits fp32 [b, vocab_size].
+        """
+        embedded = self.embedding(tokens, position_ids) if self.pre_process else None
+        hidden: Tensor = self.decoder(
+            hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=self.rotary.angles(position_ids)
+        )
+        if not self.post_process:
+            return hidden
+        if next_token_logits:
+            return full_logits(hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size)
+        if targets is None:
+            raise ValueError("the last stage needs the responses whose log-probs it has to compute")
+        return self._sequence_log_probs(hidden, targets)
+
+    def _sequence_log_probs(self, hidden: Tensor, targets: ResponseTargets) -> Tensor:
+        # Both make the head's input whole on every rank in forward and sum its gradient over TP in backward, as each
+        # rank's vocabulary shard contributes a part.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        predicting = hidden.flatten(0, 1).index_select(0, targets.positions)
+        log_probs = token_log_probs(predicting, self._output_weight(), targets.token_ids, self.vocabulary_shard())
+        return sum_by_response(log_probs, targets)
+
+    def _output_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        weight: Tensor = self.output_layer.weight
+        return weight
+
+    def vocabulary_shard(self) -> VocabularyShard:
+        """The rows of the vocabulary that this rank's head holds."""
+        group = self.pg_collection.tp
+        size = self.vocab_size // group.size()
+        first = size * group.rank()
+        valid = min(max(self.architecture.vocab_size - first, 0), size)
+        return VocabularyShard(first=first, size=size, valid=valid, group=group)
+
+    def set_caches(self, slots: int | None) -> list[KeyValueCache]:
+        """Gives each layer a new key-value cache of `slots` tokens, or takes them away."""
+        caches = []
+        for module in self.modules():
+            if isinstance(module, CausalAttention):
+                module.cache = None if slots is None else KeyValueCache(slots)
+                if module.cache is not None:
+                    caches.append(module.cache)
+        return caches
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters that this rank holds."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,99 @@
+"""From an architecture and a layout to the policy of this rank."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.models.attention import CausalAttention, RMSNorm
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.models.rotary import RotaryFrequencies
+
+ModelProvider = Callable[..., PolicyModel]
+
+
+@dataclass
+class PolicyConfig(TransformerConfig):  # type: ignore[misc]  # megatron-core has no types
+    """megatron-core's config plus what our modules read."""
+
+    sliding_window_keys: int | None = None
+    """Keys that a query sees, itself included. megatron-core's `window_size` would make its softmax overwrite masks."""
+
+
+def transformer_config(
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    attention_factor: float = 1.0,
+) -> PolicyConfig:
+    """The architecture and the layout in megatron-core's terms."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return PolicyConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
+        sliding_window_keys=architecture.sliding_window,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method="uniform" if training.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if training.recompute_granularity == "full" else None,
+        # Gradients are sums over triplets, divided once by the triplets of the global batch (objective/forward.py).
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # weights always come from a checkpoint
+    )
+
+
+def make_model_provider(architecture: Architecture, parallel: ParallelSection, training: TrainingSection) -> ModelProvider:
+    """Returns Megatron's `model_provider(pre_process, post_process, vp_stage=None)` for this architecture."""
+    rotary = RotaryFrequencies(architecture.folder, architecture.head_dim)
+    config = transformer_config(architecture, parallel, training, rotary.attention_factor)
+
+    def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> PolicyModel:
+        return PolicyModel(
+            architecture,
+            rotary,
+            config=config,
+            transformer_layer_spec=_block_spec(config, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+
+    return model_provider
+
+
+def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """megatron-core's local layer with our attention and norm, as many times as this stage has layers."""
+    layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    parts: Any = layer.submodules
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = CausalAttention
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,0 +1,135 @@
+"""The process group of a stage: who I am among TP, PP and DP."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_tspin.config import ParallelSection
+from megatron_tspin.errors import InputError
+from megatron_tspin.platform import backend, device, prepare_platform, seed_everything
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place in the layout. Group handles are torch.distributed process groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether this rank writes the results of its replica: the head's first TP rank."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank logs and draws progress bars."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(layout: ParallelSection, seed: int = 0) -> Iterator[Topology]:
+    """Joins the ranks that torchrun (or Slurm) started into megatron-core's groups, and leaves them at the end.
+
+    Raises:
+        InputError: The number of processes is not TP x PP x DP.
+    """
+    prepare_platform(layout.cpu_threads)
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != layout.world_size:
+        raise InputError(
+            f"{world_size} processes were started but TP x PP x DP = {layout.tensor_model_parallel_size} x "
+            f"{layout.pipeline_model_parallel_size} x {layout.data_parallel_size} needs {layout.world_size}"
+        )
+    dist.init_process_group(backend(), timeout=_TIMEOUT)
+    try:
+        yield build_topology(layout, seed)
+    finally:
+        leave_groups()
+
+
+def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
+    """Builds megatron-core's groups over an initialised torch.distributed.
+
+    The order of ranks is Megatron's: TP fastest, then DP, then PP.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=layout.tensor_model_parallel_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=layout.pipeline_model_parallel_size,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=layout.data_parallel_size,
+        dp_group=parallel_state.get_data_parallel_group(),
+        sequence_parallel=layout.sequence_parallel,
+    )
+
+
+def leave_groups() -> None:
+    """Takes megatron-core's groups down, keeping torch.distributed only if it was up before."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Gives every pipeline stage the last stage's values, in place."""
+    if topology.pp_size > 1:
+        dist.broadcast(tensor, group=topology.pp_group, group_src=topology.pp_size - 1)
+    return tensor
+
+
+def sum_over_replicas(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Sums over DP, in place."""
+    if topology.dp_size > 1:
+        dist.all_reduce(tensor, group=topology.dp_group)
+    return tensor
+
+
+def any_rank(flag: bool, topology: Topology) -> bool:
+    """Whether `flag` is true on at least one rank of the world."""
+    seen = torch.tensor([float(flag)], device=device())
+    if topology.world_size > 1:
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return bool(seen.item())

@@ -1,0 +1,118 @@
+"""Where the tensors live: CUDA with NCCL, or megatron-core on the CPU with gloo.
+
+megatron-core 0.16 and 0.19 name CUDA in many places (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`, type
+names such as `torch.cuda.FloatTensor`). `prepare_platform` answers all of those with the CPU when no CUDA device
+is there, once per process, before megatron-core is imported. Nothing else in the project knows about the difference.
+"""
+
+import functools
+import os
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_tspin.errors import InputError
+from megatron_tspin.log import get_logger
+
+_log = get_logger(__name__)
+
+_FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like")
+_prepared = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of this platform."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def prepare_platform(cpu_threads: int = 1) -> None:
+    """Makes this process ready for megatron-core; a second call does nothing.
+
+    Args:
+        cpu_threads: Threads of torch on a machine without CUDA.
+    """
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    # They tell of optional packages (Transformer Engine, apex) that are absent by choice.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    if has_cuda():
+        _select_cuda_device()
+    else:
+        # megatron-core decorates its element-wise fusions with torch.compile at import; eager is exact and starts faster.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch.set_num_threads(cpu_threads)
+        _answer_cuda_with_cpu()
+
+
+def _select_cuda_device() -> None:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core's overlap needs one queue
+
+
+def _answer_cuda_with_cpu() -> None:
+    """Replaces the CUDA entry points that megatron-core reaches with their CPU counterparts."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _replace(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)
+    _replace(torch.nn.Module, "cuda", lambda module, *_, **__: module)
+    _replace(torch.Tensor, "type", _type_as_if_on_cuda(torch.Tensor.type))
+    for module in (torch.cuda, torch.cuda.random):
+        _replace(module, "get_rng_state", lambda *_, **__: torch.get_rng_state())
+        _replace(module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+        _replace(module, "manual_seed", lambda seed: torch.manual_seed(seed))
+    _replace(torch.cuda, "current_device", lambda: "cpu")
+    # A function of its own for each name: torch.compile's tables refuse one object under two names.
+    for name in ("set_device", "synchronize", "empty_cache"):
+        _replace(torch.cuda, name, lambda *_, **__: None)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that takes `device="cuda"` for the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _type_as_if_on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()` whose answer megatron-core's optimizers compare with CUDA's names."""
+
+    @functools.wraps(original)
+    def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return type_name
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python and torch. Nothing that the project computes draws from them; libraries might."""
+    random.seed(seed)
+    torch.manual_seed(seed)
