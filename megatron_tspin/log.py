@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ def set_up_logging(speak: bool = True) -> None:
     package.setLevel(logging.INFO if speak else logging.WARNING)
 
 
-def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> "tqdm[None]":
+def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> Any:
     """A bar with rate and time left; without a terminal it refreshes every ten seconds instead.
 
     Args:

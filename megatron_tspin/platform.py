@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
@@ -53,7 +54,7 @@ def prepare_platform(cpu_threads: int = 1) -> None:
     if has_cuda():
         _select_cuda_device()
     else:
-        # megatron-core decorates its element-wise fusions with torch.compile at import; eager is exact and starts faster.
+        # megatron-core decorates its fusions with torch.compile at import; eager is exact and starts faster.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         torch.set_num_threads(cpu_threads)
         _answer_cuda_with_cpu()
@@ -69,6 +70,9 @@ def _select_cuda_device() -> None:
 
 def _answer_cuda_with_cpu() -> None:
     """Replaces the CUDA entry points that megatron-core reaches with their CPU counterparts."""
+    # `with torch.device(...)`, which transformers loads models under, knows the factories by identity and lists them
+    # at first use; listing them now keeps it working with the replaced ones.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _replace(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)

@@ -44,6 +44,14 @@ class ScoredResponse(Record):
     num_tokens: int
 
 
+class ReferenceLogProbs(Record):
+    """log pi_t of the responses to one prompt, computed once per iteration."""
+
+    id: str
+    log_probs: dict[str, float]
+    """Sequence log-prob by role."""
+
+
 class StepMetrics(Record):
     """One optimizer step. Means are over the triplets of the global batch; a role that was not computed is None."""
 
@@ -60,6 +68,10 @@ class StepMetrics(Record):
     log_prob_annotated: float | None
     log_prob_synthetic: float | None
     log_prob_proto: float | None
+    reward_annotated: float | None
+    """Mean reward: alpha log pi (tspin), lambda (log pi - log pi_t) (spin), alpha (log pi - log pi_t) (tspin_ref)."""
+    reward_synthetic: float | None
+    reward_proto: float | None
     tokens_annotated: float | None
     """Mean response length in tokens."""
     tokens_synthetic: float | None

@@ -66,7 +66,7 @@ def token_log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor, shard: Vo
         fp32 [n], the same on every TP rank.
     """
     logits = torch.nn.functional.linear(hidden, weight)
-    log_probs: Tensor = _VocabularyParallelLogProb.apply(logits, token_ids, shard)
+    log_probs: Tensor = _VocabularyParallelLogProb.apply(logits, token_ids, shard)  # type: ignore[no-untyped-call]
     return log_probs
 
 
@@ -96,7 +96,8 @@ class _VocabularyParallelLogProb(torch.autograd.Function):
         total, target = sums
         ctx.save_for_backward(exponentials.div_(total[:, None]), local, owned)
         ctx.dtype = logits.dtype
-        return target - torch.log(total)
+        log_probs: Tensor = target - torch.log(total)
+        return log_probs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

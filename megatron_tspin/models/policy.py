@@ -86,8 +86,9 @@ class PolicyModel(GPTModel):
 
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        weight: Tensor = self.output_layer.weight
+            weight: Tensor = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
         return weight
 
     def vocabulary_shard(self) -> VocabularyShard:

@@ -21,7 +21,7 @@ ModelProvider = Callable[..., PolicyModel]
 
 
 @dataclass
-class PolicyConfig(TransformerConfig):  # type: ignore[misc]  # megatron-core has no types
+class PolicyConfig(TransformerConfig):
     """megatron-core's config plus what our modules read."""
 
     sliding_window_keys: int | None = None
@@ -69,7 +69,9 @@ def transformer_config(
     )
 
 
-def make_model_provider(architecture: Architecture, parallel: ParallelSection, training: TrainingSection) -> ModelProvider:
+def make_model_provider(
+    architecture: Architecture, parallel: ParallelSection, training: TrainingSection
+) -> ModelProvider:
     """Returns Megatron's `model_provider(pre_process, post_process, vp_stage=None)` for this architecture."""
     rotary = RotaryFrequencies(architecture.folder, architecture.head_dim)
     config = transformer_config(architecture, parallel, training, rotary.attention_factor)

@@ -1,0 +1,1 @@
+"""Answers of the policy: the sampler, resumable shards of answers, and held-out evaluation."""

@@ -1,0 +1,94 @@
+"""A loaded policy that is ready to answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tspin.checkpoint.store import load_policy
+from megatron_tspin.config import Config, ParallelSection
+from megatron_tspin.data.template import PromptTemplate
+from megatron_tspin.data.tokenization import load_run_tokenizer
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.errors import InputError
+from megatron_tspin.generation.engine import Engine
+from megatron_tspin.generation.sampling import Decoding
+from megatron_tspin.generation.shards import Prompt, Request, generate_shards
+from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.parallel import Topology
+from megatron_tspin.records import Response
+from megatron_tspin.storage import sha256_file
+
+
+@dataclass(frozen=True)
+class Player:
+    """A policy with its tokenizer and the run's way of decoding.
+
+    Attributes:
+        facts: What its answers depend on besides decoding and prompts; stored beside them.
+    """
+
+    config: Config
+    topology: Topology
+    model: PolicyModel
+    tokenizer: Tokenizer
+    template: PromptTemplate
+    facts: dict[str, Any]
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a response."""
+        return self.tokenizer.eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Real tokens of the policy's vocabulary."""
+        size: int = self.model.architecture.vocab_size
+        return size
+
+    def answer(self, prompts: Sequence[Prompt], purpose: str, folder: Path, greedy: bool = False) -> list[Response]:
+        """Answers prompts into shards, or reads the shards that are there; in order, on every rank."""
+        settings = self.config.generation
+        request = Request(
+            prompts=prompts,
+            decoding=Decoding(
+                temperature=0.0 if greedy else settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                max_new_tokens=settings.max_new_tokens,
+            ),
+            seed=self.config.seed,
+            purpose=purpose,
+            batch_size=settings.batch_size,
+            shard_size=settings.shard_size,
+            facts=self.facts,
+        )
+        engine = Engine(self.model, self.topology, self.eos_id)
+        return generate_shards(request, engine, self.topology, self.tokenizer, folder)
+
+    def check_lengths(self, prompts: Sequence[Prompt], source: Path) -> None:
+        """Refuses prompts that leave no room for an answer; all of them in one message."""
+        room = self.config.data.seq_length - self.config.generation.max_new_tokens
+        long = [f"{prompt.id} ({len(prompt.ids)} tokens)" for prompt in prompts if len(prompt.ids) > room]
+        if long:
+            raise InputError(
+                f"{source}: prompts of more than seq_length - max_new_tokens = {room} tokens: {', '.join(long)}; "
+                f"raise --seq-length or lower --tspin-max-new-tokens"
+            )
+
+
+def load_player(config: Config, layout: ParallelSection, topology: Topology, checkpoint: Path) -> Player:
+    """Loads a checkpoint in the generation layout."""
+    architecture = read_architecture(Path(config.model.hf_checkpoint))
+    architecture.check_layout(layout)
+    tokenizer = load_run_tokenizer(config)
+    template = PromptTemplate(config.data.template, tokenizer)
+    model = load_policy(architecture, layout, config.training, topology, checkpoint)
+    model.eval()
+    facts = {
+        "checkpoint_sha256": sha256_file(checkpoint / "manifest.json"),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "template_fingerprint": template.fingerprint,
+    }
+    return Player(config, topology, model, tokenizer, template, facts)

@@ -1,0 +1,152 @@
+"""Answers to many prompts as shard files, so that an interrupted generation redoes only the shard it was in.
+
+A shard holds a fixed range of the prompts and is always generated in the same batches, so its bytes do not depend on
+which replica made it, nor on when. Shards are spread over DP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.errors import ArtifactError
+from megatron_tspin.generation.engine import Answer, Engine
+from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+from megatron_tspin.log import get_logger, progress_bar
+from megatron_tspin.parallel import Topology
+from megatron_tspin.records import Response, read_records
+from megatron_tspin.storage import read_json, write_json, write_text
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer."""
+
+    id: str
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompts: In document order.
+        decoding: How to choose tokens.
+        seed: Of the run.
+        purpose: Part of the key of the randomness.
+        batch_size: Prompts answered at once.
+        shard_size: Prompts in a file.
+        facts: What the answers depend on besides (checkpoint, tokenizer, template); kept in `settings.json`.
+    """
+
+    prompts: Sequence[Prompt]
+    decoding: Decoding
+    seed: int
+    purpose: str
+    batch_size: int
+    shard_size: int
+    facts: dict[str, Any]
+
+    def shards(self) -> list[Sequence[Prompt]]:
+        """The prompts of each shard."""
+        return [self.prompts[i : i + self.shard_size] for i in range(0, len(self.prompts), self.shard_size)]
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the shards."""
+        decoding = vars(self.decoding)
+        return {**self.facts, **decoding, "seed": self.seed, "purpose": self.purpose,
+                "batch_size": self.batch_size, "shard_size": self.shard_size, "prompts": len(self.prompts)}  # fmt: skip
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard."""
+    return folder / f"shard_{number:05d}.jsonl"
+
+
+def generate_shards(
+    request: Request, engine: Engine, topology: Topology, tokenizer: Tokenizer, folder: Path
+) -> list[Response]:
+    """Generates the shards that are not there yet; returns all answers in the order of the prompts, on every rank.
+
+    Raises:
+        ArtifactError: The folder holds answers that were made with other settings, or a torn shard.
+    """
+    shards = request.shards()
+    pending = [number for number in range(len(shards)) if not shard_path(folder, number).is_file()]
+    dist.barrier()  # every rank has looked before any rank writes
+    if topology.speaks:
+        _bind(folder, request.settings())
+    mine = pending[topology.dp_rank :: topology.dp_size]
+    if len(pending) < len(shards) and topology.speaks:
+        _log.info("%s: %d of %d shards are already there", folder, len(shards) - len(pending), len(shards))
+    with progress_bar(request.purpose, sum(len(shards[number]) for number in mine), "answer", topology.speaks) as bar:
+        for number in mine:
+            lines = [response.line() for response in _answer_shard(request, shards[number], engine, tokenizer, bar)]
+            if topology.is_output_rank:
+                write_text(shard_path(folder, number), "".join(lines))
+    dist.barrier()
+    return read_shards(request, folder)
+
+
+def _bind(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses to mix answers made with different settings."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    changed = [
+        f"{key} was {before.get(key)!r}, now {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        raise ArtifactError(
+            f"{folder}: holds answers made with other settings ({'; '.join(changed)}); remove the folder"
+        )
+
+
+def _answer_shard(
+    request: Request, prompts: Sequence[Prompt], engine: Engine, tokenizer: Tokenizer, bar: Any
+) -> list[Response]:
+    """Answers in order of prompt length, so that batches carry little padding; returns in document order."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    answers: dict[int, Answer] = {}
+    limit = request.decoding.max_new_tokens
+    for start in range(0, len(order), request.batch_size):
+        batch = order[start : start + request.batch_size]
+        uniforms = [keyed_uniforms(request.seed, request.purpose, prompts[i].id, limit) for i in batch]
+        found = engine.answer([prompts[i].ids for i in batch], uniforms, request.decoding)
+        answers.update(zip(batch, found, strict=True))
+        bar.update(len(batch))
+    return [_response(prompt, answers[index], tokenizer) for index, prompt in enumerate(prompts)]
+
+
+def _response(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Response:
+    return Response(
+        id=prompt.id,
+        response_ids=answer.ids,
+        token_log_probs=answer.log_probs,
+        ended=answer.ended,
+        text=tokenizer.decode(answer.ids),
+    )
+
+
+def read_shards(request: Request, folder: Path) -> list[Response]:
+    """All answers, in the order of the prompts.
+
+    Raises:
+        ArtifactError: A shard is missing, torn, or answers other prompts; names the file.
+    """
+    responses: list[Response] = []
+    for number, prompts in enumerate(request.shards()):
+        path = shard_path(folder, number)
+        found = list(read_records(path, Response))
+        if [response.id for response in found] != [prompt.id for prompt in prompts]:
+            raise ArtifactError(f"{path}: its answers are not those to this run's prompts; remove the file")
+        responses += found
+    return responses

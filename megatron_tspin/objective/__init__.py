@@ -1,0 +1,1 @@
+"""What a step minimises: rows of triplets, log-probs, losses, and Megatron's forward step over them."""

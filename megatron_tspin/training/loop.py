@@ -1,0 +1,158 @@
+"""One self-play iteration of training."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_tspin.config import Config
+from megatron_tspin.errors import DivergenceError
+from megatron_tspin.log import get_logger, progress_bar
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.objective.batches import Triplet, plan_micro_batches
+from megatron_tspin.objective.forward import SUMMED, make_forward_step
+from megatron_tspin.objective.roles import computed_roles
+from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
+from megatron_tspin.platform import device
+from megatron_tspin.records import StepMetrics
+from megatron_tspin.training.metrics import step_metrics
+from megatron_tspin.training.optimizer import build_optimizer, gradient_norm, learning_rate, update
+
+_log = get_logger(__name__)
+
+
+def iteration_beta(config: Config, iteration: int) -> float:
+    """Weight of the historical advantage in a self-play iteration (0 in the first one unless configured)."""
+    return config.objective.first_iteration_beta if iteration == 0 else config.objective.beta
+
+
+@dataclass
+class Trainer:
+    """A policy with its optimizer, and the step that improves it.
+
+    Attributes:
+        config: The run.
+        iteration: Self-play iteration.
+        topology: This rank's place.
+        policy: megatron-core's DDP around the policy.
+        optimizer: megatron-core's optimizer.
+        num_steps: Steps of the iteration.
+        done: Steps made so far.
+    """
+
+    config: Config
+    iteration: int
+    topology: Topology
+    policy: Any
+    optimizer: Any
+    num_steps: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.roles = computed_roles(self.config.objective.method, iteration_beta(self.config, self.iteration))
+        self._forward_step = make_forward_step(self.config.objective, iteration_beta(self.config, self.iteration))
+        self._run_schedule = get_forward_backward_func()
+
+    def train_step(self, triplets: list[Triplet]) -> StepMetrics:
+        """One optimizer step over a global batch.
+
+        Raises:
+            DivergenceError: The loss or the gradient is not finite; no update was made.
+        """
+        started = time.perf_counter()
+        sums = self._forward_backward(triplets)
+        totals = dict(zip(SUMMED, sums.tolist(), strict=True))
+        norm = gradient_norm(self.optimizer)
+        self._refuse_divergence(totals["loss"], norm, triplets)
+        rate = learning_rate(
+            self.done, self.num_steps, self.config.optimizer.peak_lr(self.iteration), self.config.optimizer
+        )
+        teaches = totals["teaching"] > 0
+        if teaches:
+            update(self.optimizer, norm, rate, self.config.optimizer.clip_grad)
+        self.done += 1
+        return step_metrics(
+            sums,
+            self.roles,
+            {
+                "iteration": self.iteration,
+                "step": self.done,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "update_skipped": not teaches,
+                "seconds": time.perf_counter() - started,
+            },
+        )
+
+    def _forward_backward(self, triplets: list[Triplet]) -> torch.Tensor:
+        """Runs the micro-batches; returns the sums of the global batch on every rank."""
+        micro_batches, length = plan_micro_batches(
+            triplets,
+            self.roles,
+            self.config.training.micro_batch_size,
+            replica=self.topology.dp_rank,
+            replicas=self.topology.dp_size,
+            multiple=self.topology.tp_size if self.topology.sequence_parallel else 1,
+        )
+        self.policy.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run_schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self.policy],
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=micro_batches[0].rows.tokens.shape[0],
+            forward_only=False,
+        )
+        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device())
+        if self.topology.is_last_stage:
+            sums += torch.stack(outputs).sum(dim=0)
+        return broadcast_from_last_stage(sum_over_replicas(sums, self.topology), self.topology)
+
+    def _refuse_divergence(self, loss: float, norm: float, triplets: list[Triplet]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        ids = ", ".join(triplet.id for triplet in triplets)
+        raise DivergenceError(
+            f"iteration {self.iteration}, step {self.done + 1}: {what} is not finite; no update was made. "
+            f"Lower --lr or --tspin-alpha, or use the logistic link. Prompts of the batch: {ids}"
+        )
+
+    def train(
+        self,
+        global_batch: Callable[[int], list[Triplet]],
+        on_step: Callable[[StepMetrics], None],
+    ) -> None:
+        """Makes the steps that are left.
+
+        Args:
+            global_batch: The triplets of a step, counted from 0.
+            on_step: Called after each step, e.g. to write metrics and checkpoints.
+        """
+        title = f"train iteration {self.iteration}"
+        with progress_bar(title, self.num_steps, "step", self.topology.speaks, done=self.done) as bar:
+            while self.done < self.num_steps:
+                metrics = self.train_step(global_batch(self.done))
+                on_step(metrics)
+                bar.set_postfix(loss=f"{metrics.loss:.4g}", refresh=False)
+                bar.update()
+
+
+def build_trainer(config: Config, iteration: int, topology: Topology, model: PolicyModel, num_steps: int) -> Trainer:
+    """Wraps a loaded policy for training."""
+    # DDP keeps gradients in fp32 buffers whatever the parameters' type.
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+    )
+    policy = DistributedDataParallel(model.config, ddp_config, model)
+    optimizer = build_optimizer(policy, config.optimizer, config.parallel, config.training)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.grad_scale_func = optimizer.scale_loss
+    return Trainer(config, iteration, topology, policy, optimizer, num_steps)

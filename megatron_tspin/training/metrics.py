@@ -1,0 +1,83 @@
+"""Metrics of an optimizer step: from sums over triplets to one JSON line, and TensorBoard beside it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_tspin.objective.forward import SUMMED
+from megatron_tspin.objective.roles import ROLES
+from megatron_tspin.records import StepMetrics, read_json_lines
+from megatron_tspin.storage import write_text
+
+_PAIR_METRICS = ("current_advantage", "current_margin", "active_share", "mean_slope", "identical_share")
+
+
+def step_metrics(sums: Tensor, roles: tuple[str, ...], measured: dict[str, Any]) -> StepMetrics:
+    """Divides the sums by the number of triplets; what the method does not compute becomes None.
+
+    Args:
+        sums: float64 [len(SUMMED)], over the global batch.
+        roles: The roles that were computed.
+        measured: The other fields of `StepMetrics`.
+    """
+    totals = dict(zip(SUMMED, sums.tolist(), strict=True))
+    count = totals["num_triplets"]
+    fields: dict[str, Any] = {"loss": totals["loss"] / count, "num_triplets": int(count)}
+    for role in ROLES:
+        for quantity in ("log_prob", "reward", "tokens"):
+            name = f"{quantity}_{role}"
+            fields[name] = totals[name] / count if role in roles else None
+    for name in _PAIR_METRICS:
+        fields[name] = totals[name] / count if "synthetic" in roles else None
+    fields["historical_advantage"] = totals["historical_advantage"] / count if "proto" in roles else None
+    tokens_per_second = totals["tokens"] / measured["seconds"]
+    return StepMetrics(**fields, **measured, tokens_per_second=tokens_per_second)
+
+
+class MetricsWriter:
+    """Appends a line a step; a writer that continues an iteration first drops the lines after its checkpoint.
+
+    Args:
+        path: `metrics.jsonl`.
+        done: Steps that the checkpoint holds.
+        tensorboard: Folder for TensorBoard events; None writes none.
+    """
+
+    def __init__(self, path: Path, done: int, tensorboard: Path | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(_lines_up_to(path, done)))
+        self._stream = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard), purge_step=done + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Writes one step."""
+        self._stream.write(metrics.line())
+        self._stream.flush()
+        if self._events is not None:
+            for name, value in metrics.model_dump().items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _lines_up_to(path: Path, done: int) -> list[str]:
+    """The lines of the first `done` steps. Lines come in order, so a torn last one belongs to a later step."""
+    lines: list[str] = []
+    if path.is_file() and done:
+        for _, value in read_json_lines(path):
+            if value["step"] > done:
+                break
+            lines.append(StepMetrics.model_validate(value).line())
+            if value["step"] == done:
+                break
+    return lines

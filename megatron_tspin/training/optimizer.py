@@ -1,0 +1,131 @@
+"""The paper's RMSProp, and AdamW, inside megatron-core's optimizers: fp32, bf16 with fp32 masters, sharded over DP."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_tspin.config import OptimizerSection, ParallelSection, TrainingSection
+
+
+class RMSProp(torch.optim.AdamW):
+    """RMSProp with the state of AdamW, which is what megatron-core's sharding and checkpoints know.
+
+    v <- smoothing * v + (1 - smoothing) * g^2;  w <- w * (1 - lr * weight_decay) - lr * g / (sqrt(v) + eps), as
+    torch.optim.RMSprop computes it without momentum; no bias correction. `betas[1]` is the smoothing; v is
+    `exp_avg_sq`. `exp_avg` stays zero: 4 bytes a parameter that buy unchanged checkpoints.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Makes one update; a closure is not supported."""
+        if closure is not None:
+            raise ValueError("RMSProp.step takes no closure")
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            squares = [self._mean_square(parameter) for parameter in parameters]
+            smoothing = group["betas"][1]
+            torch._foreach_mul_(squares, smoothing)
+            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - smoothing)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, group["eps"])
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(parameters, gradients, roots, value=-group["lr"])
+
+    def _mean_square(self, parameter: torch.Tensor) -> torch.Tensor:
+        state = self.state[parameter]
+        if "exp_avg_sq" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state.setdefault("step", torch.tensor(0.0))
+        state["step"] += 1
+        square: torch.Tensor = state["exp_avg_sq"]
+        return square
+
+
+def build_optimizer(
+    model: Any, settings: OptimizerSection, parallel: ParallelSection, training: TrainingSection
+) -> Any:
+    """megatron-core's optimizer over a DDP-wrapped policy.
+
+    Args:
+        model: megatron-core's DistributedDataParallel.
+        settings: Optimizer, decay and clipping; the learning rate is set before every step.
+        parallel: Whether the state is sharded over DP.
+        training: bf16 or fp32.
+    """
+    is_rmsprop = settings.optimizer == "rmsprop"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=0.0 if is_rmsprop else settings.adam_beta1,
+        adam_beta2=settings.rmsprop_smoothing if is_rmsprop else settings.adam_beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=training.bf16,
+        params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    if is_rmsprop:
+        for part in optimizer.chained_optimizers:
+            _step_as_rmsprop(part.optimizer)
+    return optimizer
+
+
+def _step_as_rmsprop(inner: Any) -> None:
+    """Makes the Adam that megatron-core built step as RMSProp; groups and state keep their layout."""
+    if isinstance(inner, torch.optim.AdamW):
+        inner.__class__ = RMSProp
+        return
+    # Transformer Engine's and apex's FusedAdam: beta1 = 0 without bias correction is the same update.
+    for group in inner.param_groups:
+        group["bias_correction"] = False
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Moves the reduced gradients to where the optimizer reads them; returns their global norm, not yet clipped."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, norm: float, lr: float, clip_grad: float) -> None:
+    """Clips by the global norm and steps. `gradient_norm` must have been called first.
+
+    The same steps as megatron-core's `ChainedOptimizer.step`, which would compute the norm again.
+    """
+    for part in optimizer.chained_optimizers:
+        for group in part.param_groups:
+            group["lr"] = lr
+        if clip_grad > 0:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+
+
+def learning_rate(step: int, num_steps: int, peak: float, settings: OptimizerSection) -> float:
+    """Learning rate of an optimizer step.
+
+    It rises linearly over the warm-up steps and then falls to `min_lr`, which the step after the last would reach.
+
+    Args:
+        step: From 0.
+        num_steps: Steps of the self-play iteration.
+        peak: Learning rate at the end of the warm-up.
+        settings: Shape of the schedule.
+    """
+    warmup = math.ceil(settings.lr_warmup_fraction * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    if settings.lr_decay_style == "constant":
+        return peak
+    left = 1 - progress if settings.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.min_lr + (peak - settings.min_lr) * left

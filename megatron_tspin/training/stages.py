@@ -1,0 +1,162 @@
+"""The stages that run the policy in the training layout: train an iteration, score given responses."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tspin.checkpoint.policies import policy_checkpoint, step_folder
+from megatron_tspin.checkpoint.store import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_policy,
+    save_checkpoint,
+)
+from megatron_tspin.config import Config
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.log import get_logger
+from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.policy import PolicyModel, num_parameters
+from megatron_tspin.objective.roles import computed_roles, has_reference
+from megatron_tspin.objective.scoring import score_pairs
+from megatron_tspin.parallel import Topology, distributed
+from megatron_tspin.records import ReferenceLogProbs, ScoredResponse, StepMetrics, read_records
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.storage import write_text
+from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
+from megatron_tspin.training.metrics import MetricsWriter
+from megatron_tspin.training.scoring_input import read_scoring_input
+from megatron_tspin.training.triplet_source import TripletSource
+
+_log = get_logger(__name__)
+
+
+def train_run(config: Config, iteration: int, load: Path | None, save: Path | None) -> None:
+    """Trains one self-play iteration, or what is left of it.
+
+    Args:
+        config: The run.
+        iteration: From 0.
+        load: Checkpoint of the policy to start from. Default: the run's, after `iteration` iterations.
+        save: Folder for this iteration's checkpoints. Default: the run's.
+    """
+    folder = RunFolder(Path(config.run_dir))
+    checkpoints = save or folder.checkpoints(iteration)
+    architecture = read_architecture(Path(config.model.hf_checkpoint))
+    architecture.check_layout(config.parallel)
+    with distributed(config.parallel, config.seed) as topology:
+        roles = computed_roles(config.objective.method, iteration_beta(config, iteration))
+        source = TripletSource(config, iteration, roles)
+        resumed = latest_checkpoint(checkpoints)
+        start = load or policy_checkpoint(folder, iteration)
+        model = load_policy(architecture, config.parallel, config.training, topology, start)
+        _log.info("policy from %s, %d parameters on this rank", start, num_parameters(model))
+        if has_reference(config.objective.method):
+            source.reference = _reference(folder.reference(iteration), model, topology, source)
+        trainer = build_trainer(config, iteration, topology, model, source.num_steps)
+        if resumed is not None:
+            trainer.done = _resume(trainer, resumed)
+        _train(trainer, source, checkpoints, folder)
+
+
+def _resume(trainer: Trainer, checkpoint: Path) -> int:
+    """Continues from a checkpoint inside the iteration; returns the steps it holds."""
+    step = int(checkpoint.name.removeprefix("step_"))
+    if step < trainer.num_steps:
+        state = load_checkpoint(checkpoint, trainer.policy.module, trainer.topology, trainer.optimizer)
+        step = int(state["step"])
+    _log.info("continuing after step %d of %d from %s", step, trainer.num_steps, checkpoint)
+    return step
+
+
+def _train(trainer: Trainer, source: TripletSource, checkpoints: Path, folder: RunFolder) -> None:
+    topology, training = trainer.topology, trainer.config.training
+    interval = training.save_interval or trainer.num_steps
+    writer = None
+    if topology.speaks:
+        events = folder.iteration(trainer.iteration) / "tensorboard" if training.tensorboard else None
+        writer = MetricsWriter(folder.metrics(trainer.iteration), trainer.done, events)
+
+    def after_step(metrics: StepMetrics) -> None:
+        if writer is not None:
+            writer.write(metrics)
+        if trainer.done == trainer.num_steps or trainer.done % interval == 0:
+            save_step(trainer, checkpoints)
+
+    try:
+        trainer.train(source.global_batch, after_step)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def save_step(trainer: Trainer, checkpoints: Path) -> None:
+    """Saves the policy; inside the iteration the optimizer too, which starts afresh in the next iteration.
+
+    Older checkpoints of the iteration go once the iteration's last one is whole.
+    """
+    finished = trainer.done == trainer.num_steps
+    save_checkpoint(
+        step_folder(checkpoints, trainer.done),
+        trainer.policy.module,
+        trainer.topology,
+        optimizer=None if finished else trainer.optimizer,
+        state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
+    )
+    if finished and trainer.topology.speaks:
+        for older in sorted(checkpoints.glob("step_*")):
+            if older != step_folder(checkpoints, trainer.done):
+                shutil.rmtree(older)
+
+
+def _reference(path: Path, model: PolicyModel, topology: Topology, source: TripletSource) -> list[dict[str, float]]:
+    """Gives log pi_t of every response of the iteration, computed once, by the policy that the iteration starts from."""
+    triplets = source.all()
+    if not path.is_file():
+        roles = list(triplets[0].responses)
+        pairs = [pair for triplet in triplets for pair in triplet.pairs()]
+        scores = score_pairs(model, topology, pairs, description="reference log-probs")
+        if topology.speaks:
+            rows = [scores[i : i + len(roles)] for i in range(0, len(scores), len(roles))]
+            records = [
+                ReferenceLogProbs(id=triplet.id, log_probs=dict(zip(roles, row, strict=True)))
+                for triplet, row in zip(triplets, rows, strict=True)
+            ]
+            write_text(path, "".join(record.line() for record in records))
+        dist.barrier()
+    records = list(read_records(path, ReferenceLogProbs))
+    if [record.id for record in records] != [triplet.id for triplet in triplets]:
+        raise ArtifactError(f"{path}: its prompts are not those of this run; remove the file and run again")
+    return [record.log_probs for record in records]
+
+
+def score_file(config: Config, load: Path, data: Path, output: Path) -> None:
+    """Writes the sequence log-prob of each response of a JSONL file.
+
+    Args:
+        config: Template, tokenizer and layout.
+        load: The checkpoint to score under.
+        data: Lines with `prompt` and `response` (text, closed with EOS), or with `prompt_ids` and `response_ids`.
+        output: `ScoredResponse` lines, in the order of `data`.
+    """
+    if os.path.lexists(output) and not output.is_file():
+        raise InputError(f"{output}: --output must be a file")
+    architecture = read_architecture(Path(config.model.hf_checkpoint))
+    architecture.check_layout(config.parallel)
+    ids, pairs = read_scoring_input(config, data, architecture.vocab_size)
+    with distributed(config.parallel, config.seed) as topology:
+        model = load_policy(architecture, config.parallel, config.training, topology, load)
+        scores = score_pairs(model, topology, pairs, description="score")
+        if topology.speaks:
+            write_text(output, "".join(record.line() for record in _scored(ids, pairs, scores)))
+
+
+def _scored(
+    ids: Sequence[str], pairs: Sequence[tuple[Sequence[int], Sequence[int]]], scores: Sequence[float]
+) -> list[ScoredResponse]:
+    return [
+        ScoredResponse(id=identifier, log_prob=score, num_tokens=len(response))
+        for identifier, (_, response), score in zip(ids, pairs, scores, strict=True)
+    ]

@@ -1,0 +1,56 @@
+"""The triplets of a self-play iteration, by optimizer step."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_tspin.config import Config
+from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
+from megatron_tspin.data.triplets import GlobalBatchSampler, RoleDocuments, open_role_documents, steps_per_iteration
+from megatron_tspin.objective.batches import Triplet
+from megatron_tspin.run_folder import RunFolder
+
+
+class TripletSource:
+    """Reads the role documents of an iteration and hands out global batches.
+
+    Args:
+        config: The run.
+        iteration: Self-play iteration.
+        roles: Roles to read, in order.
+    """
+
+    def __init__(self, config: Config, iteration: int, roles: tuple[str, ...]) -> None:
+        folder = RunFolder(Path(config.run_dir))
+        self._documents = _open(folder, iteration, roles)
+        self._roles = roles
+        self._ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
+        batch_size = config.training.global_batch_size
+        count = self._documents.num_examples
+        self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration)
+        self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)
+        self.reference: Sequence[Mapping[str, float]] | None = None
+        """log pi_t by role for each example, where the method has a reference."""
+
+    def global_batch(self, step: int) -> list[Triplet]:
+        """The triplets of an optimizer step, counted from 0."""
+        return [self.triplet(index) for index in self._sampler.batch(step)]
+
+    def all(self) -> list[Triplet]:
+        """Every triplet, in document order."""
+        return [self.triplet(index) for index in range(self._documents.num_examples)]
+
+    def triplet(self, index: int) -> Triplet:
+        """Example `index` with its responses."""
+        return Triplet(
+            id=self._ids[index],
+            prompt=self._documents.prompt(index),
+            responses={role: self._documents.response(role, index) for role in self._roles},
+            reference=self.reference[index] if self.reference is not None else None,
+        )
+
+
+def _open(folder: RunFolder, iteration: int, roles: tuple[str, ...]) -> RoleDocuments:
+    where = {"annotated": folder.data, "proto": folder.data, "synthetic": folder.iteration(iteration)}
+    stems = {role: document_stem(where[role], TRAIN, role) for role in roles}
+    return open_role_documents(document_stem(folder.data, TRAIN, "prompt"), stems)
