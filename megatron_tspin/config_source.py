@@ -112,7 +112,7 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
     Raises:
         InputError: The file is missing or no YAML mapping, or settings are refused; all of them in one message.
     """
-    tree = {} if path is None else _read_yaml(path)
+    tree = {} if path is None else read_yaml(path)
     for name, value in flags.items():
         *parents, leaf = name.split(".")
         node = tree
@@ -126,7 +126,8 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
         raise InputError("\n".join(_explain(source, item) for item in error.errors())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; raises InputError if the file is missing or is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
     try:

@@ -10,10 +10,10 @@ response writes the steps down and ends with the answer after the last ``=``: ``
 
 The initial policy. Self-play fine-tuning starts from a policy that has met the task, but answers it badly. This one
 is pre-trained on an endless *noisy* corpus of the same operations: the longer the string, the more often the corpus
-guesses the answer without any step, and a guess is usually a lazy one (half the reversal, one pass of the sort, the
-last number forgotten); where it does write the steps down, one of them is sometimes a slip. So the policy knows how to
-work an answer out, and mostly does not. The annotated responses always work the answer out and are always right. That
-gap, between what the policy could say and what it does say, is what T-SPIN, SPIN and SFT are there to close.
+guesses the answer without any step, and a guess is nearly always a lazy one (a rotation for a reversal, one pass of the
+sort, the last number forgotten); where it does write the steps down, one of them is sometimes a slip. So the policy
+knows how to work an answer out, and mostly does not. The annotated responses always work the answer out and are always
+right. That gap, between what the policy could say and what it does say, is what T-SPIN, SPIN and SFT are to close.
 
 No held-out prompt occurs in the annotated data, and neither occurs in the pre-training corpus.
 """
@@ -77,9 +77,9 @@ class Noise:
         slip_share: Share of the worked-out responses with one wrong character.
     """
 
-    guess_share: tuple[tuple[int, float], ...] = ((2, 0.35), (3, 0.45), (4, 0.6), (5, 0.7))
-    lazy_share: float = 0.75
-    slip_share: float = 0.2
+    guess_share: tuple[tuple[int, float], ...] = ((2, 0.5), (3, 0.6), (4, 0.7), (5, 0.8))
+    lazy_share: float = 0.9
+    slip_share: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ OPERATIONS = (
         True,
         lambda a: ",".join(reversed(a)) + "=",
         lambda a: a[::-1],
-        lambda a: a[-1] + a[1:-1] + a[0],
+        lambda a: a[1:] + a[0],
     ),
 )
 
@@ -292,7 +292,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--annotated", type=int, default=320, help="number of annotated examples")
     parser.add_argument("--held-out", type=int, default=200, help="number of held-out examples")
-    parser.add_argument("--steps", type=int, default=1500, help="pre-training steps")
+    parser.add_argument("--steps", type=int, default=1200, help="pre-training steps")
     parser.add_argument("--batch-size", type=int, default=192, help="pre-training examples per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of pre-training")
     return parser.parse_args()

@@ -2,8 +2,8 @@
 
     python examples/smollm2/make_data.py --out DIR --train 256 --held-out 128 --seed 1
 
-Each line of `annotated.jsonl` and `held_out.jsonl` is `{"id", "prompt", "response", "answer"}`; the response is the worked
-solution and ends in a line `#### answer`.
+Each line of `annotated.jsonl` and `held_out.jsonl` is `{"id", "prompt", "response", "answer"}`; the response is the
+worked solution and ends in a line `#### answer`.
 """
 
 import argparse

@@ -20,8 +20,9 @@ from megatron_tspin.objective.roles import computed_roles
 from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
 from megatron_tspin.platform import device
 from megatron_tspin.records import StepMetrics
+from megatron_tspin.training.learning_rate import learning_rate
 from megatron_tspin.training.metrics import step_metrics
-from megatron_tspin.training.optimizer import build_optimizer, gradient_norm, learning_rate, update
+from megatron_tspin.training.optimizer import build_optimizer, gradient_norm, update
 
 _log = get_logger(__name__)
 

@@ -1,6 +1,5 @@
 """The paper's RMSProp, and AdamW, inside megatron-core's optimizers: fp32, bf16 with fp32 masters, sharded over DP."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,24 +107,3 @@ def update(optimizer: Any, norm: float, lr: float, clip_grad: float) -> None:
         if clip_grad > 0:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-
-
-def learning_rate(step: int, num_steps: int, peak: float, settings: OptimizerSection) -> float:
-    """Learning rate of an optimizer step.
-
-    It rises linearly over the warm-up steps and then falls to `min_lr`, which the step after the last would reach.
-
-    Args:
-        step: From 0.
-        num_steps: Steps of the self-play iteration.
-        peak: Learning rate at the end of the warm-up.
-        settings: Shape of the schedule.
-    """
-    warmup = math.ceil(settings.lr_warmup_fraction * num_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(num_steps - warmup, 1)
-    if settings.lr_decay_style == "constant":
-        return peak
-    left = 1 - progress if settings.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.min_lr + (peak - settings.min_lr) * left

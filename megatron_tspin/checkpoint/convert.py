@@ -1,0 +1,179 @@
+"""HF weights into the policy of this rank, and out of all ranks into an HF folder."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tspin.checkpoint.families import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    Kind,
+    Weight,
+    core_shape,
+    segments,
+    weights,
+)
+from megatron_tspin.checkpoint.hf_folder import HFFolder
+from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
+from megatron_tspin.errors import InputError
+from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.parallel import Topology
+from megatron_tspin.storage import atomic_path
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+@torch.no_grad()
+def load_hf(model: PolicyModel, topology: Topology) -> None:
+    """Fills every parameter of this rank's part of the policy from the HF folder of its architecture.
+
+    Each rank reads only the rows and columns that it holds. Values are cast to the parameters' dtype; the rows
+    that pad the vocabulary become zero. With tied embeddings the last of several pipeline stages reads the embedding as
+    its head.
+
+    Raises:
+        InputError: The folder does not hold exactly the tensors of the architecture, or the model has parameters that
+            the family's table does not know.
+    """
+    source = HFFolder(model.architecture.folder)
+    source.check(model.architecture)
+    for weight, parameter in _local_weights(model, topology):
+        _fill(parameter, weight, source, model.architecture, topology)
+
+
+def _fill(parameter: Tensor, weight: Weight, source: HFFolder, architecture: Architecture, topology: Topology) -> None:
+    if weight.kind is Kind.VOCABULARY:
+        parameter.zero_()
+    filled = 0
+    for segment in segments(weight, architecture, topology.tp_rank, topology.tp_size):
+        length = segment.stop - segment.start
+        values = source.read(weight.hf[segment.source], segment)
+        parameter.narrow(segment.dim, filled, length).copy_(values)
+        filled += length
+
+
+def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Weight, torch.nn.Parameter]]:
+    """Every parameter of this rank, once, with its line of the table."""
+    table = {weight.core: weight for weight in weights(model.architecture)}
+    if model.architecture.tied_embeddings:
+        table[OUTPUT_LAYER] = table[EMBEDDING]
+    parameters = {_global_name(name, model): parameter for name, parameter in model.named_parameters()}
+    expected = {name for name in table if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank}
+    if model.architecture.tied_embeddings and topology.pp_size == 1:
+        expected.discard(OUTPUT_LAYER)  # one parameter serves both ends
+    if set(parameters) != expected:
+        unknown, absent = sorted(set(parameters) - expected), sorted(expected - set(parameters))
+        raise InputError(
+            f"{model.architecture.folder}: the model and the table of family {model.architecture.family} disagree; "
+            f"parameters without a source: {unknown}; sources without a parameter: {absent}"
+        )
+    for name, parameter in parameters.items():
+        shape = core_shape(table[name], model.architecture, topology.tp_size)
+        if tuple(parameter.shape) != shape:
+            raise InputError(f"parameter {name} has shape {list(parameter.shape)}, its sources make {list(shape)}")
+        yield table[name], parameter
+
+
+def _global_name(name: str, model: PolicyModel) -> str:
+    """A parameter's name with the layer counted through the whole network instead of this stage."""
+    found = _LAYER.match(name)
+    if not found:
+        return name
+    layer = model.decoder.layers[int(found[1])].layer_number - 1
+    return f"decoder.layers.{layer}.{name[found.end() :]}"
+
+
+def _stage_of(core_name: str, architecture: Architecture, pp_size: int) -> int:
+    """The pipeline stage that holds a weight."""
+    found = _LAYER.match(core_name)
+    if found:
+        return int(found[1]) // (architecture.num_layers // pp_size)
+    return 0 if core_name == EMBEDDING else pp_size - 1
+
+
+@torch.no_grad()
+def export_hf(
+    model: PolicyModel,
+    topology: Topology,
+    source_hf: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the policy as an HF checkpoint, all ranks together.
+
+    One parameter at a time travels to rank 0, which writes files of at most `shard_bytes` bytes (more only for a single
+    larger tensor). Everything but the weights is copied from `source_hf`. The folder appears whole or not at all.
+
+    Args:
+        model: This rank's part.
+        topology: This rank's place.
+        source_hf: The HF checkpoint that the policy started from; gives config, tokenizer and each tensor's dtype.
+        target: The folder to write; an existing one is replaced.
+        dtype: Write all tensors in this dtype instead, and say so in config.json.
+        shard_bytes: See above.
+
+    Raises:
+        InputError: `source_hf` is of another architecture than the model.
+    """
+    source = HFFolder(source_hf)
+    source.check(read_architecture(source_hf))
+    local = {weight.core: parameter for weight, parameter in _local_weights(model, topology)}
+    order = list(weights(model.architecture))
+    if topology.rank != 0:
+        for weight in order:
+            _send(weight, local, model.architecture, topology)
+    else:
+        sizes = {
+            name: (shape, dtype or source.dtype(name))
+            for weight in order
+            for name, shape in zip(weight.hf, weight.shapes, strict=True)
+        }
+        with atomic_path(target) as folder:
+            writer = HFWriter(folder, sizes, shard_bytes)
+            for weight in order:
+                for name, tensor in _gather(weight, local, model.architecture, topology).items():
+                    writer.add(name, tensor)
+            writer.finish(source_hf, dtype)
+    dist.barrier()
+
+
+def _send(weight: Weight, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology) -> None:
+    """Hands this rank's part of a weight to rank 0, if rank 0 needs it from here."""
+    if topology.dp_rank != 0 or _stage_of(weight.core, architecture, topology.pp_size) != topology.pp_rank:
+        return
+    if weight.kind is Kind.REPLICATED and topology.tp_rank != 0:
+        return
+    dist.send(local[weight.core].detach().contiguous(), dst=0)
+
+
+def _gather(
+    weight: Weight, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology
+) -> dict[str, Tensor]:
+    """The HF tensors of a weight, whole, on the CPU; on rank 0."""
+    like = next(iter(local.values()))
+    whole = [torch.empty(shape, dtype=like.dtype) for shape in weight.shapes]
+    stage = _stage_of(weight.core, architecture, topology.pp_size)
+    shape = core_shape(weight, architecture, topology.tp_size)
+    for tp_rank in range(1 if weight.kind is Kind.REPLICATED else topology.tp_size):
+        # Megatron's order of ranks: TP fastest, then DP, then PP.
+        rank = tp_rank + topology.tp_size * topology.dp_size * stage
+        if rank == 0:
+            part = local[weight.core].detach()
+        else:
+            # Received whole and contiguous: gloo fills strided views with wrong values, silently.
+            part = torch.empty(shape, dtype=like.dtype, device=like.device)
+            dist.recv(part, src=rank)
+        taken = 0
+        for segment in segments(weight, architecture, tp_rank, topology.tp_size):
+            length = segment.stop - segment.start
+            whole[segment.source].narrow(segment.dim, segment.start, length).copy_(
+                part.narrow(segment.dim, taken, length)
+            )
+            taken += length
+    return dict(zip(weight.hf, whole, strict=True))

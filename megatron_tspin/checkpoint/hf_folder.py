@@ -1,0 +1,157 @@
+"""The tensors of an HF checkpoint folder, read in slices straight from its safetensors files.
+
+Nothing is unpickled: `.bin` checkpoints are refused.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, Segment, weights
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.storage import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHOWN = 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class HFFolder:
+    """Names, shapes, dtypes and slices of the tensors.
+
+    `model.safetensors` goes before the files of `model.safetensors.index.json`, as in transformers; without either, all
+    `*.safetensors` count.
+
+    Raises:
+        InputError: No safetensors files, or an index that names a file outside the folder.
+        ArtifactError: A file is missing or torn, or two hold a tensor of the same name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in weight_files(folder):
+            opened = _open(path)
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
+                if name in self._file_of:
+                    raise ArtifactError(f"{path}: tensor {name} is in {self._file_of[name].name} as well")
+                self._file_of[name] = path
+                self._files[name] = opened
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, from the header.
+
+        Raises:
+            InputError: It is not a plain floating-point type.
+        """
+        stored = self._files[name].get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise InputError(
+                f"{self._file_of[name]}: tensor {name} has dtype {stored}; use an unquantised checkpoint in "
+                f"{', '.join(_DTYPES)}"
+            )
+        return _DTYPES[stored]
+
+    def read(self, name: str, segment: Segment | None = None) -> Tensor:
+        """Reads a tensor, or the rows or columns of one, and no more than those."""
+        stored = self._files[name].get_slice(name)
+        if segment is None:
+            tensor: Tensor = stored[:]
+        elif segment.dim == 0:
+            tensor = stored[segment.start : segment.stop]
+        else:
+            tensor = stored[:, segment.start : segment.stop]
+        return tensor
+
+    def check(self, architecture: Architecture) -> None:
+        """Demands exactly the tensors that the architecture has, with their shapes.
+
+        Buffers called `*.inv_freq` are not weights and are passed over. A tied checkpoint may store its embedding a
+        second time as `lm_head.weight`.
+
+        Raises:
+            InputError: Names every tensor (at most twenty) that is missing, left over, or of another shape or type.
+        """
+        problems = list(self._problems(architecture))
+        if problems:
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+            raise InputError("\n".join(f"{self.folder}: {line}" for line in problems[:_SHOWN] + more))
+
+    def _problems(self, architecture: Architecture) -> Iterator[str]:
+        left_over = {name for name in self.names if not name.endswith(".inv_freq")}
+        for weight in weights(architecture):
+            for name, shape in zip(weight.hf, weight.shapes, strict=True):
+                if name not in self.names:
+                    yield f"tensor {name} is missing; config.json describes an architecture that has it"
+                    continue
+                left_over.discard(name)
+                if self.shape(name) != shape:
+                    yield f"tensor {name} has shape {list(self.shape(name))}, config.json demands {list(shape)}"
+                else:
+                    self.dtype(name)
+        if architecture.tied_embeddings and LM_HEAD in left_over:
+            left_over.discard(LM_HEAD)
+            embedding = next(weight.hf[0] for weight in weights(architecture) if weight.core == EMBEDDING)
+            if embedding in self.names and not torch.equal(self.read(LM_HEAD), self.read(embedding)):
+                yield (
+                    f"config.json ties the embeddings but {LM_HEAD} differs from {embedding}; set "
+                    "tie_word_embeddings to false, or remove the tensor that is not meant"
+                )
+        for name in sorted(left_over):
+            yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, sorted by name; see `HFFolder` for the rules and errors."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder}: {pickled[0]} is a pickle, which can run code when opened, and is not read; save the checkpoint "
+            "as safetensors (transformers: `model.save_pretrained(folder)`)"
+        )
+    raise InputError(f"{folder}: no *.safetensors file")
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    tree = read_json(index)
+    names = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ArtifactError(f"{index}: no `weight_map`")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: weight_map names {name!r}; only *.safetensors files beside the index are read")
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: no such file, but {INDEX} names it; download the checkpoint again")
+    return [folder / name for name in files]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a whole safetensors file ({error}); download it again") from error

@@ -1,0 +1,89 @@
+"""Writes an HF checkpoint folder: shards of safetensors, their index, and the files that go with them."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tspin.checkpoint.hf_folder import INDEX, WEIGHTS
+from megatron_tspin.storage import read_json, write_json
+
+SHARD_BYTES = 4 * 2**30
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # config, tokenizer, chat template, generation settings
+
+Sizes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class HFWriter:
+    """Takes tensors one by one, in the order announced, and flushes a shard whenever one is complete.
+
+    Args:
+        folder: Is created.
+        sizes: Shape and dtype of every tensor that will come, in order.
+        shard_bytes: Most bytes of a shard; a single larger tensor gets a shard of its own.
+    """
+
+    def __init__(self, folder: Path, sizes: Sizes, shard_bytes: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._sizes = sizes
+        self._shards = _plan(sizes, shard_bytes)
+        self._file_of = {name: file for file, names in self._shards.items() for name in names}
+        self._pending: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor on the CPU; it is cast to the announced dtype."""
+        self._pending[name] = tensor.to(self._sizes[name][1]).contiguous()
+        file = self._file_of[name]
+        if len(self._pending) == len(self._shards[file]):
+            save_file(self._pending, self._folder / file, metadata={"format": "pt"})
+            self._pending = {}
+
+    def finish(self, source: Path, dtype: torch.dtype | None) -> None:
+        """Writes the index if there are several shards, and copies the files beside the weights of `source`.
+
+        Args:
+            source: An HF folder.
+            dtype: Written into config.json; None leaves its bytes alone.
+        """
+        assert not self._pending, f"announced but not added, with {sorted(self._pending)}"
+        if len(self._shards) > 1:
+            total = sum(_num_bytes(*size) for size in self._sizes.values())
+            write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self._file_of})
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, self._folder / path.name)
+        if dtype is not None:
+            _set_dtype(self._folder / "config.json", str(dtype).removeprefix("torch."))
+
+
+def _plan(sizes: Sizes, shard_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors in each file, the order kept."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        count = _num_bytes(*size)
+        if shards[-1] and filled + count > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += count
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _set_dtype(path: Path, name: str) -> None:
+    """Changes `dtype` (transformers 5) or `torch_dtype` (before) in config.json, whichever is there."""
+    config = read_json(path)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    path.write_text(json.dumps({**config, key: name}, indent=2) + "\n", encoding="utf-8")

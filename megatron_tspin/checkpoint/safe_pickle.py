@@ -1,0 +1,63 @@
+"""Reads torch's checkpoint metadata, a pickle, without letting it run code.
+
+torch.distributed.checkpoint unpickles `.metadata` with Python's own unpickler, which calls whatever the file names.
+Within `restricted_metadata` it may only build the dataclasses that such metadata consists of. The tensors are read by
+torch with `weights_only=True`.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import IO, Any
+
+import torch.distributed.checkpoint.filesystem as torch_filesystem
+
+from megatron_tspin.errors import ArtifactError
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},  # looks a name up in a fixed table
+    "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise ArtifactError(f"checkpoint metadata names {module}.{name}, which does not belong there; not loaded")
+        return super().find_class(module, name)
+
+
+def load(stream: IO[bytes]) -> Any:
+    """`pickle.load` for checkpoint metadata.
+
+    Raises:
+        ArtifactError: It names anything but the dataclasses of such metadata.
+    """
+    return _Unpickler(stream).load()
+
+
+@contextmanager
+def restricted_metadata() -> Iterator[None]:
+    """Within the block torch.distributed.checkpoint reads metadata through `load`."""
+    module: Any = torch_filesystem
+    original = module.pickle
+    # The module's own name `pickle` is replaced, not the module it stands for: nobody else sees a difference.
+    module.pickle = SimpleNamespace(load=load, dump=pickle.dump)
+    try:
+        yield
+    finally:
+        module.pickle = original

@@ -1,0 +1,231 @@
+"""megatron-core's distributed checkpoints, whole or invisible, loadable under any TP x PP x DP.
+
+A checkpoint is a folder with megatron-core's files (format torch_dist) and `manifest.json`: size and SHA-256 of each
+file, facts about what was saved, and the caller's `state`. It is written under a temporary name and renamed when the
+manifest is on the disk. Random state is not stored: training draws nothing (no dropout), and the order of the data and
+every sampled response come from the seed of the run.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_tspin.checkpoint.in_process_save import InProcessSave
+from megatron_tspin.checkpoint.manifest import (
+    check_files,
+    describe_files,
+    latest_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+    write_manifest,
+)
+from megatron_tspin.checkpoint.optimizer_state import METADATA, LoadingPlan, describe_optimizer, sharded_state
+from megatron_tspin.checkpoint.safe_pickle import restricted_metadata
+from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.models.provider import make_model_provider
+from megatron_tspin.parallel import Topology
+from megatron_tspin.platform import device
+from megatron_tspin.storage import fsync_path
+
+__all__ = [
+    "build_policy",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_policy",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+
+def build_policy(
+    architecture: Architecture, parallel: ParallelSection, training: TrainingSection, topology: Topology
+) -> PolicyModel:
+    """This rank's part of the policy on its device, its weights still undefined.
+
+    Raises:
+        InputError: The layout does not fit the architecture.
+    """
+    architecture.check_layout(parallel)
+    provide = make_model_provider(architecture, parallel, training)
+    model = provide(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+    model.to(device())
+    return model
+
+
+def load_policy(
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    topology: Topology,
+    folder: Path,
+) -> PolicyModel:
+    """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
+    model = build_policy(architecture, parallel, training, topology)
+    load_checkpoint(folder, model, topology)
+    return model
+
+
+@torch.no_grad()
+def save_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    topology: Topology,
+    optimizer: Any = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves the policy, all ranks together. The folder appears whole; one of that name is replaced.
+
+    Args:
+        folder: Where to.
+        model: `PolicyModel`, bare or in megatron-core's DistributedDataParallel.
+        topology: This rank's place.
+        optimizer: megatron-core's optimizer of the model, to continue from; None leaves it out.
+        state: Small and JSON-able; `load_checkpoint` gives it back.
+    """
+    policy = _bare(model)
+    tensors = _model_state(policy)
+    facts = _facts(policy, topology)
+    if optimizer is not None:
+        facts["optimizer"] = describe_optimizer(optimizer)
+        tensors = tensors | sharded_state(optimizer, tensors)
+    temporary = folder.with_name(folder.name + ".partial")
+    if topology.rank == 0:
+        _make_empty(temporary)
+    dist.barrier()
+    dist_checkpointing.save(tensors, str(temporary), sharded_strategy=InProcessSave())
+    dist.barrier()
+    files = _all_files(temporary, topology)
+    if topology.rank == 0:
+        write_manifest(temporary, files, facts, dict(state or {}))
+        fsync_path(temporary)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        fsync_path(folder.parent)
+    dist.barrier()
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _all_files(folder: Path, topology: Topology) -> dict[str, Any]:
+    """Flushes and describes all files, each rank a share of them."""
+    names = sorted(path.name for path in folder.iterdir())
+    shares: list[dict[str, Any]] = [{} for _ in range(topology.world_size)]
+    dist.all_gather_object(shares, describe_files(folder, names[topology.rank :: topology.world_size]))
+    described = {name: facts for share in shares for name, facts in share.items()}
+    return {name: described[name] for name in names}
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, model: torch.nn.Module, topology: Topology, optimizer: Any = None) -> dict[str, Any]:
+    """Loads a checkpoint into the policy, whatever layout it was saved under. Values are cast to the parameters' dtype.
+
+    Every file is checked against the manifest before any is opened.
+
+    Args:
+        folder: The checkpoint.
+        model: As for `save_checkpoint`.
+        topology: This rank's place.
+        optimizer: Is loaded too, its step included; hyperparameters stay as they are.
+
+    Returns:
+        The `state` that was saved.
+
+    Raises:
+        ArtifactError: The checkpoint is not whole; names the file, the promised and the actual value.
+        InputError: It is of another architecture, or has no optimizer that this one could continue from.
+    """
+    manifest = _verify(folder, topology)
+    policy = _bare(model)
+    _check_architecture(folder, policy.architecture, manifest["facts"]["architecture"])
+    tensors = _model_state(policy)
+    parameters = {name: leaf.data for name, leaf in tensors.items()}
+    plan = None
+    wanted = dict(tensors)
+    if optimizer is not None:
+        plan = LoadingPlan(folder, optimizer, tensors, manifest["facts"]["optimizer"])
+        wanted |= plan.wanted
+    with restricted_metadata():
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    for name, parameter in parameters.items():
+        parameter.copy_(loaded[name])
+    if plan is not None:
+        plan.finish(loaded, parameters)
+    state: dict[str, Any] = manifest["state"]
+    return state
+
+
+def _verify(folder: Path, topology: Topology) -> dict[str, Any]:
+    """`verify_checkpoint` with the hashing spread over the ranks; all of them raise, or none."""
+    manifest: dict[str, Any] = {}
+    problems: list[str] = []
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        problems = [str(error)]
+    else:
+        names = sorted(manifest["files"])[topology.rank :: topology.world_size]
+        problems = check_files(folder, {name: manifest["files"][name] for name in names})
+    shares: list[list[str]] = [[] for _ in range(topology.world_size)]
+    dist.all_gather_object(shares, problems)
+    found = sorted({problem for share in shares for problem in share})
+    if found:
+        raise ArtifactError("\n".join(found))
+    return manifest
+
+
+def _bare(model: torch.nn.Module) -> PolicyModel:
+    inner = model if isinstance(model, PolicyModel) else model.module
+    assert isinstance(inner, PolicyModel), f"no policy in {type(model).__name__}"
+    return inner
+
+
+def _model_state(policy: PolicyModel) -> dict[str, Any]:
+    """megatron-core's sharded parameters by name, layers counted through the whole network.
+
+    Objects that layers add for Transformer Engine are left out: they are pickles, and empty here.
+    """
+    tree = policy.sharded_state_dict(metadata=dict(METADATA))
+    return {leaf.key: leaf for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
+
+
+def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
+    return {
+        "layout": {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size},
+        "megatron_core": version("megatron-core"),
+        "torch": torch.__version__,
+        "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+        "architecture": _summary(policy.architecture),
+        "optimizer": None,
+    }
+
+
+def _summary(architecture: Architecture) -> dict[str, Any]:
+    """What decides about the tensors' shapes and names."""
+    names = ("family", "vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_heads", "num_kv_heads",
+             "head_dim", "tied_embeddings")  # fmt: skip
+    return {name: getattr(architecture, name) for name in names}
+
+
+def _check_architecture(folder: Path, architecture: Architecture, saved: dict[str, Any]) -> None:
+    ours = _summary(architecture)
+    different = [name for name in ours if ours[name] != saved.get(name)]
+    if different:
+        lines = [f"{name} is {saved.get(name)} there and {ours[name]} in the model" for name in different]
+        raise InputError(
+            f"{folder}: a checkpoint of another architecture than {architecture.folder}: {'; '.join(lines)}"
+        )

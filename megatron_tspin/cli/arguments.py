@@ -1,0 +1,109 @@
+"""What several commands share: their parsers, and the config or layout that their flags describe."""
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from megatron_tspin.config import Config, ParallelSection
+from megatron_tspin.config_source import add_flags, load_config, overrides, settings
+from megatron_tspin.errors import EXIT_CODE_HELP, InputError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_PARALLEL = "parallel."
+EXIT_CODES = textwrap.fill(EXIT_CODE_HELP, width=100)
+
+
+def command_parser(subparsers: "Subparsers", name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """Adds a command.
+
+    Args:
+        subparsers: Where the command goes.
+        name: Its name.
+        summary: One line for the list of commands.
+        description: What it does, reads and writes, and an example.
+    """
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, only: Iterable[str] | None = None, required: bool = True) -> None:
+    """Adds `--config` and the flags of the named sections, which override it; see `config_source.add_flags`."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        required=required,
+        help="YAML file with the settings, e.g. the run.yaml of a run; the flags below override it",
+    )
+    add_flags(parser, only)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The config that `--config` and the flags describe.
+
+    Raises:
+        InputError: It is refused.
+    """
+    return load_config(args.config, overrides(args))
+
+
+def layout_of(args: argparse.Namespace) -> ParallelSection:
+    """The layout that the flags alone describe, for commands that work without a run.
+
+    Raises:
+        InputError: It is refused, or a flag of another section was given.
+    """
+    given: dict[str, Any] = overrides(args)
+    flags = {item.name: item.flag for item in settings()}
+    foreign = [str(flags[name]) for name in given if not name.startswith((_PARALLEL, "model.hf_checkpoint"))]
+    if foreign:
+        raise InputError(f"{', '.join(foreign)}: only used together with --config")
+    try:
+        return ParallelSection(**{k.removeprefix(_PARALLEL): v for k, v in given.items() if k.startswith(_PARALLEL)})
+    except ValidationError as error:
+        messages = (f"{flags.get(_PARALLEL + str(item['loc'][-1])) if item['loc'] else 'layout'}: {item['msg']}"
+                    for item in error.errors())  # fmt: skip
+        raise InputError("\n".join(messages)) from error
+
+
+def require(args: argparse.Namespace, **flags: str) -> None:
+    """Demands flags that a command needs in one of its modes.
+
+    Args:
+        args: The command line.
+        flags: Attribute of `args` to the flag's name; an attribute may have dots written as `__`.
+
+    Raises:
+        InputError: Names every flag that is absent.
+    """
+    absent = [flag for name, flag in flags.items() if getattr(args, name.replace("__", "."), None) is None]
+    if absent:
+        raise InputError(f"without --config this command needs {' and '.join(absent)}")
+
+
+def add_iteration(
+    parser: argparse.ArgumentParser, default: int | None = None, purpose: str = "self-play iteration, from 0"
+) -> None:
+    """Adds `--iteration`, required unless it has a default."""
+    parser.add_argument(
+        "--iteration", type=_natural_number, required=default is None, default=default, metavar="N", help=purpose
+    )
+
+
+def _natural_number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number

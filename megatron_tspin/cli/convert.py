@@ -1,0 +1,74 @@
+"""`tspin convert`: an HF checkpoint becomes a megatron-core one."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tspin.cli.arguments import add_config, command_parser, config_of, layout_of, require
+from megatron_tspin.cli.ranks import enter_ranks, only_writer
+from megatron_tspin.config_source import overrides
+from megatron_tspin.errors import EXIT_OK, InputError
+
+if TYPE_CHECKING:
+    from megatron_tspin.cli.arguments import Subparsers
+
+_PARITY_BOUND = 5e-6
+
+_DESCRIPTION = """Convert an HF checkpoint (config.json, *.safetensors) to megatron-core's distributed format.
+
+With --config it makes the initial policy of a run; without, it converts any checkpoint of a supported family.
+
+reads   the HF checkpoint
+writes  RUN_DIR/initial/checkpoint, or the folder --save; it loads under any TP x PP x DP
+
+--verify compares the log-probs of the converted model with transformers' and refuses (exit code 4) beyond --bound.
+
+examples
+  tspin convert --config runs/first/run.yaml
+  torchrun --nproc-per-node 2 -m megatron_tspin convert --hf-checkpoint models/base --save models/base_core \\
+      --tensor-model-parallel-size 2 --verify"""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Adds the command."""
+    parser = command_parser(subparsers, "convert", "HF checkpoint to megatron-core checkpoint", _DESCRIPTION)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="folder to write, without --config")
+    parser.add_argument("--verify", action="store_true", help="compare log-probs with transformers', without --config")
+    parser.add_argument("--verify-data", type=Path, metavar="FILE.jsonl", help="examples to compare on, with --verify")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=_PARITY_BOUND,
+        metavar="X",
+        help=f"largest relative difference of a sequence log-prob, with --verify [{_PARITY_BOUND}]",
+    )
+    add_config(parser, ("", "model", "parallel"), required=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.config is not None:
+        return _convert_for_run(args)
+    require(args, model__hf_checkpoint="--hf-checkpoint", save="--save")
+    if args.verify_data is not None and not args.verify:
+        raise InputError("--verify-data: only used together with --verify")
+    layout = layout_of(args)
+    enter_ranks(layout)
+    from megatron_tspin.training.conversion import convert_checkpoint
+
+    hf_checkpoint = Path(overrides(args)["model.hf_checkpoint"])
+    convert_checkpoint(hf_checkpoint, args.save, layout, args.verify, args.verify_data, args.bound)
+    return EXIT_OK
+
+
+def _convert_for_run(args: argparse.Namespace) -> int:
+    if args.save is not None or args.verify or args.verify_data is not None:
+        raise InputError("--save, --verify and --verify-data are for converting without a run; leave out --config")
+    config = config_of(args)
+    enter_ranks(config.parallel)
+    from megatron_tspin.training.conversion import convert_run
+
+    with only_writer(config):
+        convert_run(config)
+    return EXIT_OK

@@ -1,0 +1,43 @@
+"""`tspin generate`: any checkpoint answers any prompts."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tspin.cli.arguments import add_config, add_iteration, command_parser, config_of
+from megatron_tspin.cli.ranks import enter_ranks
+from megatron_tspin.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from megatron_tspin.cli.arguments import Subparsers
+
+_DESCRIPTION = """Sample one response to each prompt of a JSONL file.
+
+reads   the checkpoint --load and the examples --prompts
+writes  OUTPUT/shard_*.jsonl: id, token ids, log-prob of each token, whether the response ended, text
+
+The same prompt, seed and iteration give the same response under every layout and batch size.
+
+example
+  tspin generate --config runs/first/run.yaml --load runs/first/initial/checkpoint --prompts new.jsonl --output out"""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Adds the command."""
+    parser = command_parser(subparsers, "generate", "sample responses to the prompts of a file", _DESCRIPTION)
+    parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl", help="examples to answer")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    add_iteration(parser, default=0, purpose="iteration that keys the random numbers [0]")
+    add_config(parser, ("", "model", "data", "parallel", "generation"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    config = config_of(args)
+    enter_ranks(config.generation_layout())
+    from megatron_tspin.generation.stages import generate_file
+
+    generate_file(config, args.load, args.prompts, args.output, args.iteration)
+    return EXIT_OK

@@ -1,0 +1,113 @@
+"""`tspin`: picks the command, and turns errors into one clear line and an exit code."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tspin import __version__
+from megatron_tspin.cli import (
+    convert,
+    evaluate,
+    export,
+    generate,
+    quickstart,
+    report,
+    rollout,
+    run,
+    score,
+    tokenize,
+    train,
+)
+from megatron_tspin.cli.arguments import EXIT_CODES
+from megatron_tspin.errors import EXIT_FAILED, TspinError
+from megatron_tspin.log import get_logger, set_up_logging
+from megatron_tspin.selfplay.failure import Failure, record_failure
+from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
+
+EXIT_INTERRUPTED = 130
+
+_COMMANDS = (run, quickstart, tokenize, convert, rollout, train, generate, evaluate, score, export, report)
+
+_DESCRIPTION = """T-SPIN: triplet-based self-play fine-tuning of language models on megatron-core.
+
+`tspin run` does everything from an HF checkpoint and annotated answers to a fine-tuned HF checkpoint and a report.
+The other commands are its stages and their building blocks. Start with `tspin quickstart`."""
+
+logger = get_logger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The command line without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    args = build_parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    _set_up_log(rank)
+    try:
+        code: int = args.run(args)
+    except TspinError as error:
+        if _tell_driver(rank, error.exit_code, str(error)):
+            _say(error, rank)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("tspin: interrupted; the same command continues\n")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        logger.exception("unexpected failure%s", f" of rank {rank}" if rank else "")
+        _tell_driver(rank, EXIT_FAILED, f"{type(error).__name__}: {error}")
+        return EXIT_FAILED
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="tspin",
+        description=_DESCRIPTION,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tspin {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def _set_up_log(rank: int) -> None:
+    """Log lines go to stderr and, in a stage of a run, to the stage's log file too."""
+    set_up_logging(speak=rank == 0)
+    log_file = os.environ.get(LOG_FILE_VARIABLE)
+    if log_file is None:
+        return
+    handler = logging.FileHandler(log_file, encoding="utf-8")  # appends: an earlier attempt's lines stay
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)-7s %(message)s"))
+    logging.getLogger("megatron_tspin").addHandler(handler)
+
+
+def _tell_driver(rank: int, exit_code: int, message: str) -> bool:
+    """Leaves the failure for the driver, if there is one; False when another rank already said the same."""
+    log_file = os.environ.get(LOG_FILE_VARIABLE)
+    if log_file is None:
+        return True
+    return record_failure(Path(log_file), Failure(rank, exit_code, message))
+
+
+def _say(error: TspinError, rank: int) -> None:
+    """One line for each line of the error."""
+    who = f" (rank {rank})" if rank else ""
+    lines = [f"tspin: error{who}: {line}\n" for line in str(error).splitlines()]
+    sys.stderr.writelines(lines)
+    log_file = os.environ.get(LOG_FILE_VARIABLE)
+    if log_file is not None:
+        with open(log_file, "a", encoding="utf-8") as stream:
+            stream.writelines(lines)

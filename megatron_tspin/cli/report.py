@@ -1,0 +1,44 @@
+"""`tspin report`: what a run did, as one HTML file."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tspin.cli.arguments import command_parser
+from megatron_tspin.errors import EXIT_OK
+from megatron_tspin.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron_tspin.cli.arguments import Subparsers
+
+_DESCRIPTION = """Write a self-contained HTML report of a run, also of one that is still going on.
+
+reads   RUN_DIR, and the runs named with --compare
+writes  RUN_DIR/report.html, or the file --output
+
+examples
+  tspin report runs/first
+  tspin report runs/tspin --compare runs/spin runs/sft --output comparison.html"""
+
+logger = get_logger(__name__)
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Adds the command."""
+    parser = command_parser(subparsers, "report", "HTML report of a run, or of several", _DESCRIPTION)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="other runs to set beside it"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write [RUN_DIR/report.html]")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from megatron_tspin.report.html import write_report
+
+    output = args.output or args.run_dir / "report.html"
+    write_report(args.run_dir, args.compare, output)
+    logger.info("report: %s", output)
+    return EXIT_OK

@@ -1,0 +1,40 @@
+"""`tspin score`: log-probs of given responses."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tspin.cli.arguments import add_config, command_parser, config_of
+from megatron_tspin.cli.ranks import enter_ranks
+from megatron_tspin.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from megatron_tspin.cli.arguments import Subparsers
+
+_DESCRIPTION = """Write the log-prob of each response of a JSONL file under a checkpoint.
+
+reads   the checkpoint --load and the examples --data (`prompt` and `response`, or `messages`, on each line)
+writes  the file --output, one line an example: id, log_prob (sum over the response, EOS included), num_tokens
+
+example
+  tspin score --config runs/first/run.yaml --load runs/first/initial/checkpoint --data new.jsonl --output out.jsonl"""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Adds the command."""
+    parser = command_parser(subparsers, "score", "log-probs of the responses of a file", _DESCRIPTION)
+    parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="examples to score")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    add_config(parser, ("", "model", "data", "training", "parallel"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    config = config_of(args)
+    enter_ranks(config.parallel)
+    from megatron_tspin.training.stages import score_file
+
+    score_file(config, args.load, args.data, args.output)
+    return EXIT_OK

@@ -1,0 +1,1 @@
+"""Examples, prompts and token files."""

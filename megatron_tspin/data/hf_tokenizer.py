@@ -1,0 +1,77 @@
+"""An HF fast tokenizer, loaded through transformers."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from megatron_tspin.data.tokenizer import resolve_eos
+from megatron_tspin.errors import InputError
+from megatron_tspin.storage import sha256_text
+
+
+class HFTokenizer:
+    """A `Tokenizer` over a folder with `tokenizer.json`.
+
+    Args:
+        folder: The HF folder.
+        threads: Threads of a batch; the library's pool is made once in a process.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._folder = folder
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+        self._tokenizer = _load(folder)
+        self._backend = self._tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may carry both, and either would change ids unseen
+        self._backend.no_padding()
+        self.eos_id = resolve_eos(self._tokenizer.eos_token_id, folder)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        parts = [json.loads(self._backend.to_str()), self.eos_id, self._tokenizer.chat_template]
+        self.fingerprint = sha256_text(json.dumps(parts, sort_keys=True))
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens and ids beyond the vocabulary left out."""
+        kept = [token for token in ids if token not in (self.eos_id, self.pad_id)]
+        text: str = self._backend.decode(kept, skip_special_tokens=True)
+        return text
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The messages in the chat format, with the generation prompt.
+
+        Raises:
+            InputError: There is no chat template, or it refuses the messages.
+        """
+        if self._tokenizer.chat_template is None:
+            raise InputError(
+                f"{self._folder}: the tokenizer has no chat template; give --template a text with {{prompt}} instead"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {error}") from error
+        return text
+
+
+def _load(folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the loaders raise whatever their parsers raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; tokenizer.json is not used")
+    return tokenizer

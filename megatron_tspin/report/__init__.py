@@ -1,0 +1,1 @@
+"""What a run shows: figures, tables and warnings, read from its folder."""

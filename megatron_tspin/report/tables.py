@@ -1,0 +1,226 @@
+"""The table per iteration: one source for the report and for the terminal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_tspin.records import DecodingResult, Evaluation, RolloutSummary
+from megatron_tspin.report.run_data import Iteration, RunData, weighted_mean
+from megatron_tspin.report.warnings import MIN_ACTIVE_SHARE, find_warnings
+
+ABSENT = "–"
+_LABEL_WIDTH, _COLUMN_WIDTH = 40, 13  # of the terminal's table
+
+
+@dataclass(frozen=True)
+class IterationRow:
+    """One iteration: its training, the answers it trained on, and the policy that came out.
+
+    Numbers of the policy are means over the second half of the steps, where the iteration has arrived; numbers of the
+    data are means over all of them. Log-probs are sums over the tokens of a response, in nats.
+    """
+
+    iteration: int | None
+    """None is the start: the initial policy, no training."""
+    steps: int = 0
+    skipped: int = 0
+    loss_early: float | None = None
+    loss_late: float | None = None
+    log_prob_annotated: float | None = None
+    log_prob_synthetic: float | None = None
+    log_prob_proto: float | None = None
+    reward_annotated: float | None = None
+    reward_synthetic: float | None = None
+    current_advantage: float | None = None
+    historical_advantage: float | None = None
+    current_margin: float | None = None
+    historical_margin: float | None = None
+    active_share: float | None = None
+    identical_share: float | None = None
+    tokens_annotated: float | None = None
+    tokens_synthetic: float | None = None
+    tokens_proto: float | None = None
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
+    rollout: RolloutSummary | None = None
+    """The answers y' to the training prompts; of the start: y0."""
+    evaluation: Evaluation | None = None
+    """The policy after the iteration, on held-out prompts."""
+
+    @property
+    def label(self) -> str:
+        """Heading of its column."""
+        return "start" if self.iteration is None else f"iter {self.iteration}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the table."""
+
+    group: str
+    label: str
+    text: Callable[[IterationRow], str]
+    """Formatted value, ABSENT if there is none."""
+
+
+def iteration_rows(run: RunData) -> list[IterationRow]:
+    """The start and every iteration that has begun, in order."""
+    start = IterationRow(None, rollout=run.proto, evaluation=run.evaluations.get(0))
+    return [start, *(_row(run, iteration) for iteration in run.iterations)]
+
+
+def measures_with_values(rows: Sequence[IterationRow]) -> list[Measure]:
+    """The lines of the table that have a value in any column."""
+    return [measure for measure in MEASURES if any(measure.text(row) != ABSENT for row in rows)]
+
+
+def render_terminal(run: RunData, console: Console) -> None:
+    """Prints the table per iteration and the warnings; the start and the latest iterations if not all fit."""
+    rows = iteration_rows(run)
+    room = max(2, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
+    shown = rows if len(rows) <= room else [rows[0], *rows[1 - room :]]
+    title = Text(f"{run.name} ({run.config.objective.method})", style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for row in shown:
+        table.add_column(row.label, justify="right", no_wrap=True)
+    for group, measures in groupby(measures_with_values(shown), key=lambda measure: measure.group):
+        table.add_section()
+        table.add_row(Text(group, style="bold"))
+        for measure in measures:
+            table.add_row(Text(f"  {measure.label}"), *(Text(measure.text(row)) for row in shown))
+    console.print(table)
+    for warning in find_warnings(run):
+        console.print(Text(f"Warning: {warning.title}. {warning.measured} Try: {warning.remedy}", style="yellow"))
+    for problem in run.problems:
+        console.print(Text(f"Unreadable: {problem}", style="yellow"))
+
+
+def _row(run: RunData, iteration: Iteration) -> IterationRow:
+    late = {
+        field: weighted_mean(iteration.late, field)
+        for field in (
+            "log_prob_annotated",
+            "log_prob_synthetic",
+            "log_prob_proto",
+            "reward_annotated",
+            "reward_synthetic",
+            "current_advantage",
+            "historical_advantage",
+            "current_margin",
+            "active_share",
+        )
+    }
+    whole = {
+        field: weighted_mean(iteration.steps, field)
+        for field in ("identical_share", "tokens_annotated", "tokens_synthetic", "tokens_proto", "tokens_per_second")
+    }
+    historical = late["historical_advantage"]
+    return IterationRow(
+        iteration=iteration.index,
+        steps=len(iteration.steps),
+        skipped=sum(step.update_skipped for step in iteration.steps),
+        loss_early=weighted_mean(iteration.early, "loss"),
+        loss_late=weighted_mean(iteration.late, "loss"),
+        historical_margin=None if historical is None else run.config.objective.alpha * historical,
+        seconds_per_step=weighted_mean(iteration.steps, "seconds"),
+        rollout=iteration.synthetic,
+        evaluation=run.evaluations.get(iteration.index + 1),
+        **late,
+        **whole,
+    )
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Fixed decimals with a real minus sign, ABSENT for None."""
+    return ABSENT if value is None else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage, ABSENT for None."""
+    return ABSENT if share is None else f"{number(100 * share, digits)}\u00a0%"
+
+
+def accuracy(result: DecodingResult | None) -> str:
+    """Accuracy in percent with its standard error, without the percent sign."""
+    if result is None or result.accuracy is None:
+        return ABSENT
+    error = "" if result.standard_error is None else f"\u00a0±\u00a0{100 * result.standard_error:.1f}"
+    return f"{100 * result.accuracy:.1f}{error}"
+
+
+def _active(row: IterationRow) -> str:
+    low = row.active_share is not None and row.active_share < MIN_ACTIVE_SHARE
+    return percent(row.active_share) + (" !" if low else "")
+
+
+def _skipped(row: IterationRow) -> str:
+    return f"{row.skipped} of {row.steps}" if row.steps else ABSENT
+
+
+def _rollout(field: str) -> Callable[[IterationRow], str]:
+    return lambda row: ABSENT if row.rollout is None else percent(getattr(row.rollout, field))
+
+
+def _evaluation(field: str, digits: int) -> Callable[[IterationRow], str]:
+    return lambda row: ABSENT if row.evaluation is None else number(getattr(row.evaluation, field), digits)
+
+
+def _decoding(decoding: str, form: Callable[[DecodingResult | None], str]) -> Callable[[IterationRow], str]:
+    return lambda row: form(None if row.evaluation is None else getattr(row.evaluation, decoding))
+
+
+def _ended(result: DecodingResult | None) -> str:
+    return ABSENT if result is None else percent(result.ended_share)
+
+
+def _length(result: DecodingResult | None) -> str:
+    return ABSENT if result is None else number(result.mean_tokens)
+
+
+def _field(field: str, digits: int = 1) -> Callable[[IterationRow], str]:
+    return lambda row: number(getattr(row, field), digits)
+
+
+_HELD_OUT = "Held-out, policy after the iteration"
+_TRAINING = "Training, second half of the steps"
+_ANSWERS = "Answers to training prompts"
+_COST = "Cost"
+
+MEASURES: tuple[Measure, ...] = (
+    Measure(_HELD_OUT, "accuracy (%), sampled", _decoding("sampled", accuracy)),
+    Measure(_HELD_OUT, "accuracy (%), greedy", _decoding("greedy", accuracy)),
+    Measure(_HELD_OUT, "NLL per token of y", _evaluation("nll_per_token", 4)),
+    Measure(_HELD_OUT, "log-prob of y", _evaluation("log_prob_annotated", 1)),
+    Measure(_HELD_OUT, "log-prob of fresh answers", _evaluation("log_prob_sampled", 1)),
+    Measure(_HELD_OUT, "answers that end, sampled", _decoding("sampled", _ended)),
+    Measure(_HELD_OUT, "answers that end, greedy", _decoding("greedy", _ended)),
+    Measure(_HELD_OUT, "tokens, sampled", _decoding("sampled", _length)),
+    Measure(_TRAINING, "log-prob of y (annotated)", _field("log_prob_annotated")),
+    Measure(_TRAINING, "log-prob of y' (synthetic)", _field("log_prob_synthetic")),
+    Measure(_TRAINING, "log-prob of y0 (proto)", _field("log_prob_proto")),
+    Measure(_TRAINING, "reward of y", _field("reward_annotated", 2)),
+    Measure(_TRAINING, "reward of y'", _field("reward_synthetic", 2)),
+    Measure(_TRAINING, "current advantage", _field("current_advantage")),
+    Measure(_TRAINING, "historical advantage", _field("historical_advantage")),
+    Measure(_TRAINING, "current margin (scaled)", _field("current_margin", 2)),
+    Measure(_TRAINING, "historical margin (scaled)", _field("historical_margin", 2)),
+    Measure(_TRAINING, "active pairs", _active),
+    Measure(_TRAINING, "loss", _field("loss_late", 3)),
+    Measure(_TRAINING, "loss, first half of the steps", _field("loss_early", 3)),
+    Measure(_ANSWERS, "answers that end (start: y0)", _rollout("ended_share")),
+    Measure(_ANSWERS, "answers that are empty", _rollout("empty_share")),
+    Measure(_ANSWERS, "y' = y", lambda row: percent(row.identical_share)),
+    Measure(_ANSWERS, "tokens of y (annotated)", _field("tokens_annotated")),
+    Measure(_ANSWERS, "tokens of y' (synthetic)", _field("tokens_synthetic")),
+    Measure(_ANSWERS, "tokens of y0 (proto)", _field("tokens_proto")),
+    Measure(_COST, "steps", lambda row: str(row.steps) if row.steps else ABSENT),
+    Measure(_COST, "updates skipped", _skipped),
+    Measure(_COST, "seconds per step", _field("seconds_per_step", 2)),
+    Measure(_COST, "tokens per second", _field("tokens_per_second", 0)),
+)

@@ -1,0 +1,144 @@
+"""`tspin run`: brings a run directory from wherever it stands to its report, one stage after the other."""
+
+import datetime
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megatron_tspin.config import Config
+from megatron_tspin.errors import EXIT_OK, EXIT_STAGE, StageError
+from megatron_tspin.log import get_logger
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.selfplay import launch, markers
+from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failure
+from megatron_tspin.selfplay.lock import run_lock
+from megatron_tspin.selfplay.plan import Stage, plan
+from megatron_tspin.selfplay.preflight import preflight
+from megatron_tspin.selfplay.run_config import check_same_config, with_absolute_paths, write_config
+
+logger = get_logger(__name__)
+
+
+def run(
+    config: Config,
+    dry_run: bool = False,
+    on_iteration: Callable[[Path], None] = lambda run_dir: None,
+    command: launch.Command = launch.command,
+    check: Callable[[Config], None] = preflight,
+) -> int:
+    """Runs every stage that is not done yet.
+
+    Args:
+        config: The run.
+        dry_run: Only print the commands and what is done, write nothing.
+        on_iteration: Called with the run directory after each rollout stage.
+        command: Command line of a stage.
+        check: Refuses what cannot work before anything starts.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        InputError: The input, the config or a file of the run cannot be used, or another driver has the run.
+        StageError: A stage failed.
+    """
+    config = with_absolute_paths(config, Path.cwd())
+    run_dir = Path(config.run_dir)
+    check_same_config(config)
+    check(config)
+    if dry_run:
+        _show(plan(config), run_dir, command)
+        return EXIT_OK
+    with _orderly_end(), run_lock(run_dir) as lock:
+        write_config(config)
+        for stage in plan(config):
+            _bring_about(stage, config, command(stage), lock)
+            if stage.name.startswith("rollout"):
+                on_iteration(run_dir)
+    logger.info("report: %s", RunFolder(run_dir).report)
+    logger.info("exported checkpoint: %s", RunFolder(run_dir).export)
+    return EXIT_OK
+
+
+def _show(stages: list[Stage], run_dir: Path, command: launch.Command) -> None:
+    """The plan for people, on stdout."""
+    for stage in stages:
+        state = "to do"
+        if markers.is_done(stage, run_dir):
+            state = "changed" if markers.differences(stage, run_dir) else "done"
+        sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(command(stage))}\n")
+
+
+def _bring_about(stage: Stage, config: Config, command: list[str], lock: int) -> None:
+    """Runs a stage unless it is done."""
+    run_dir = Path(config.run_dir)
+    if markers.is_done(stage, run_dir):
+        changed = markers.differences(stage, run_dir)
+        if not changed:
+            logger.info("stage %s: done before", stage.name)
+            return
+        if not stage.disposable:
+            raise markers.refusal(stage, run_dir, changed)
+        logger.info("stage %s: again, because %s", stage.name, "; ".join(changed))
+    _execute(stage, config, command, lock)
+
+
+def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> None:
+    run_dir = Path(config.run_dir)
+    log_file = run_dir / "logs" / f"{stage.name}.log"
+    log_file.parent.mkdir(exist_ok=True)
+    clear_failure(log_file)
+    inputs = markers.digests(stage.inputs, run_dir)
+    started, start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    logger.info("stage %s: %s", stage.name, launch.shown(command))
+    code = launch.run_process(command, launch.environment(config, log_file), lock)
+    seconds = time.monotonic() - start
+    if code != EXIT_OK:
+        raise _stage_error(stage, code, seconds, log_file)
+    if missing := markers.missing_outputs(stage, run_dir):
+        raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
+    if markers.digests(stage.inputs, run_dir) != inputs:
+        raise StageError(f"stage {stage.name}: a file it reads was changed while it ran; run the same command again")
+    markers.write_marker(stage, run_dir, command, inputs, started, seconds)
+    logger.info("stage %s: done in %.0f s", stage.name, seconds)
+
+
+def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> StageError:
+    """What a person needs to know: which stage, why, where to look, and that nothing is lost."""
+    failure = read_failure(log_file)
+    code = failure.exit_code if failure else code
+    lines = [f"stage {stage.name} failed after {seconds:.0f} s with {_reason(code)}"]
+    if failure is not None:
+        lines += [f"  {line}" for line in failure.message.splitlines()]
+    lines.append(f"  its log: {log_file}; what was done is kept, the same command continues the run from here")
+    error = StageError("\n".join(lines))
+    error.exit_code = code if handed_on(code) else EXIT_STAGE
+    return error
+
+
+def _reason(code: int) -> str:
+    if code <= 128 or code - 128 not in signal.valid_signals():
+        return f"exit code {code}"
+    name = signal.Signals(code - 128).name
+    return f"signal {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into an exception, so that the running stage is ended before the driver is."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        logger.warning("%s: ending the running stage", signal.Signals(number).name)
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    former = [signal.signal(number, leave) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, former, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,125 @@
+"""Starts the processes of a stage and makes sure that they never outlive the driver."""
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_tspin.config import Config
+from megatron_tspin.selfplay.plan import Stage
+
+LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
+"""Names the file to which the ranks of a stage also write their log lines and tracebacks."""
+
+_STOP_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+
+Command = Callable[[Stage], list[str]]
+
+
+def command(stage: Stage) -> list[str]:
+    """The command line of a stage: Python alone for one rank, which saves torchrun's start, else torchrun."""
+    program = ["-m", "megatron_tspin", *stage.arguments]
+    if stage.world_size == 1:
+        return [sys.executable, *program]
+    return [sys.executable, "-m", "torch.distributed.run", *_torchrun_options(stage.world_size, free_port()), *program]
+
+
+def _torchrun_options(world_size: int, port: int) -> list[str]:
+    return ["--nproc-per-node", str(world_size), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+
+
+def shown(argv: list[str]) -> str:
+    """A command line for people: they can paste it into a shell."""
+    return shlex.join(argv)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody uses at this moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def environment(config: Config, log_file: Path) -> dict[str, str]:
+    """The environment of a stage's processes.
+
+    Nothing is looked up on the network, and the package is found from any working directory.
+    """
+    package_parent = str(Path(__file__).resolve().parents[2])
+    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(config.parallel.cpu_threads),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        LOG_FILE_VARIABLE: str(log_file),
+    }
+
+
+def run_process(argv: list[str], env: dict[str, str], lock: int) -> int:
+    """Runs a stage to its end. Its stderr is the terminal's, so that progress bars work.
+
+    Whatever ends the wait (Ctrl-C, SIGTERM turned into an exception) ends the stage first. If this process dies without
+    a chance to do that, the kernel ends the stage.
+
+    Args:
+        argv: Command line.
+        env: Environment.
+        lock: Descriptor of the run's lock, which the stage inherits.
+
+    Returns:
+        The exit code; 128 + the signal's number when a signal ended it.
+    """
+    last_wish = signal.SIGTERM if "torch.distributed.run" in argv else signal.SIGKILL
+    # A session of its own: Ctrl-C reaches the driver alone, which then ends the stage in order.
+    child = subprocess.Popen(
+        argv, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent(last_wish)
+    )
+    try:
+        code = child.wait()
+    except BaseException:
+        stop(child)
+        raise
+    return 128 - code if code < 0 else code
+
+
+def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECONDS) -> None:
+    """Ends a stage: SIGTERM, so that torchrun ends its ranks; SIGKILL if that did not help, or Ctrl-C came again."""
+    if child.poll() is not None:
+        return
+    os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(patience_seconds)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _die_with_parent(wish: signal.Signals) -> Callable[[], None]:
+    """What the child does before it becomes the stage: ask the kernel for a signal when the driver dies.
+
+    torchrun gets SIGTERM, upon which it ends its ranks; a rank of its own gets SIGKILL.
+    """
+    parent, libc = os.getpid(), ctypes.CDLL(None, use_errno=True)  # loaded before the fork
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(wish))
+        if os.getppid() != parent:  # it died between the fork and the line above
+            os._exit(128 + int(wish))
+
+    return ask
+
+
+def die_with_parent() -> None:
+    """For a rank: be killed when torchrun is. Linux only; elsewhere torchrun's own care has to do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -1,0 +1,159 @@
+"""Markers: a stage is done when its marker exists and every digest in it equals the file's.
+
+A marker is written last, by rename. A stage without one starts again and resumes inside itself. A stage with one whose
+files have changed is never redone silently, because what came after it was made from the files that it names.
+"""
+
+import functools
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from megatron_tspin import __version__
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.selfplay.plan import Stage
+from megatron_tspin.storage import read_json, sha256_file, write_json
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "sentencepiece",
+    "numpy",
+    "pydantic",
+)
+_POLICY_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
+
+Digests = dict[str, str | None]
+
+
+def marker_file(run_dir: Path, stage: Stage) -> Path:
+    """Where the marker of a stage is."""
+    return run_dir / "stages" / f"{stage.name}.json"
+
+
+def identity_files(path: Path) -> list[Path]:
+    """The files whose digests stand for an input or output.
+
+    A checkpoint folder is its manifest.json, a folder of shards its summary.json, a folder of checkpoints (`step_*`)
+    the manifest of the last one; any other folder (an HF checkpoint, a tokenizer) is its JSON, safetensors,
+    SentencePiece and template files. What is missing stands for itself.
+    """
+    for name in ("manifest.json", "summary.json"):
+        if (path / name).is_file():
+            return [path / name]
+    if not path.is_dir():
+        return [path]
+    steps = sorted(path.glob("step_*/manifest.json"))
+    if steps:
+        return [steps[-1]]
+    return sorted(file for file in path.iterdir() if file.suffix in _POLICY_SUFFIXES and file.is_file()) or [path]
+
+
+def digests(paths: Iterable[Path], run_dir: Path) -> Digests:
+    """Hex SHA-256 by path, relative to the run where it lies inside; None where the file is missing."""
+    files = sorted({file for path in paths for file in identity_files(path)})
+    return {_name(file, run_dir): _digest(file) for file in files}
+
+
+def _name(file: Path, run_dir: Path) -> str:
+    return str(file.relative_to(run_dir)) if file.is_relative_to(run_dir) else str(file)
+
+
+def _digest(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    entry = file.stat()
+    return _remembered_digest(file, entry.st_size, entry.st_mtime_ns, entry.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_digest(file: Path, size: int, modified: int, inode: int) -> str:
+    """A checkpoint's weights are read once in a driver's life, not once for each stage that names them."""
+    return sha256_file(file)
+
+
+def missing_outputs(stage: Stage, run_dir: Path) -> list[str]:
+    """Outputs that do not exist."""
+    return [name for name, digest in digests(stage.outputs, run_dir).items() if digest is None]
+
+
+def write_marker(
+    stage: Stage, run_dir: Path, command: list[str], inputs: Digests, started: str, seconds: float
+) -> None:
+    """Declares a stage done.
+
+    Args:
+        stage: The stage whose processes ended well.
+        run_dir: The run.
+        command: Its command line.
+        inputs: Digests of its inputs, taken before it started.
+        started: When it started, ISO 8601.
+        seconds: How long it took.
+    """
+    write_json(
+        marker_file(run_dir, stage),
+        {
+            "stage": stage.name,
+            "command": command,
+            "config": sha256_file(RunFolder(run_dir).config),
+            "inputs": inputs,
+            "outputs": digests(stage.outputs, run_dir),
+            "started": started,
+            "seconds": round(seconds, 3),
+            "versions": _versions(),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "megatron_tspin": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def is_done(stage: Stage, run_dir: Path) -> bool:
+    """Whether a stage has a marker; see `differences` for whether it still holds."""
+    return marker_file(run_dir, stage).is_file()
+
+
+def differences(stage: Stage, run_dir: Path) -> list[str]:
+    """One line for each file that is no longer what the marker of a done stage says; empty when all are.
+
+    Raises:
+        ArtifactError: The marker itself cannot be read.
+    """
+    path = marker_file(run_dir, stage)
+    marker = read_json(path)
+    try:
+        recorded: Digests = {**marker["inputs"], **marker["outputs"], "run.yaml": marker["config"]}
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a marker of this project; remove it to run the stage again") from error
+    current = digests((*stage.inputs, *stage.outputs, RunFolder(run_dir).config), run_dir)
+    return [
+        f"{name}: SHA-256 was {_shown(recorded.get(name))} when the stage ended, is {_shown(current.get(name))} now"
+        for name in sorted({*recorded, *current})
+        if recorded.get(name) != current.get(name)
+    ]
+
+
+def _shown(digest: str | None) -> str:
+    return digest or "that of no file"
+
+
+def refusal(stage: Stage, run_dir: Path, changed: list[str]) -> InputError:
+    """Says why a stage whose files changed is neither trusted nor redone."""
+    lines = [f"{run_dir}: stage {stage.name} is done, but a file it read or wrote has changed:"]
+    lines += [f"  {line}" for line in changed]
+    lines.append(
+        "  what came after was made from the old file; put that one back, or start again with another --run-dir"
+    )
+    return InputError("\n".join(lines))

@@ -1,0 +1,153 @@
+"""The stages of a run, in order: what each one runs, reads and writes. Pure: no file is touched."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tspin.config import Config
+from megatron_tspin.run_folder import RunFolder
+
+_PROTO_METHODS = ("tspin", "tspin_ref")
+_REFERENCE_METHODS = ("spin", "tspin_ref")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One group of processes that turns files into files."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Command line of `tspin`, subcommand first."""
+    world_size: int
+    """Number of ranks."""
+    inputs: tuple[Path, ...]
+    """Files and folders it reads; `markers.identity_files` says which files stand for a folder."""
+    outputs: tuple[Path, ...]
+    """Files and folders it writes."""
+    disposable: bool = False
+    """True when its outputs can be made again at any time, so that a changed file is no reason to stop."""
+
+
+def policy_folder(folder: RunFolder, policy: int) -> Path:
+    """Folder with the checkpoint of policy number `policy`; behind the initial one it holds a `step_*` folder."""
+    return folder.initial_checkpoint if policy == 0 else folder.checkpoints(policy - 1)
+
+
+def plan(config: Config) -> list[Stage]:
+    """All stages of a run.
+
+    SFT samples nothing, so its rollout stages only evaluate; without held-out data no stage evaluates.
+    """
+    return list(_stages(config))
+
+
+def _stages(config: Config) -> Iterator[Stage]:
+    last = config.self_play.iterations
+    yield _tokenize(config)
+    yield _convert(config)
+    for iteration in range(last + 1):
+        yield _rollout(config, iteration)
+        if iteration < last:
+            yield _train(config, iteration)
+    yield _export(config)
+    yield _report(config)
+
+
+def _folder(config: Config) -> RunFolder:
+    return RunFolder(Path(config.run_dir))
+
+
+def _arguments(config: Config, command: str, *more: str) -> tuple[str, ...]:
+    return (command, "--config", str(_folder(config).config), *more)
+
+
+def _documents(folder: RunFolder, *names: str) -> tuple[Path, ...]:
+    """Sidecars of role documents; a sidecar holds the digests of its .bin and .idx."""
+    return tuple(folder.data / f"{name}_document.json" for name in names)
+
+
+def _tokenize(config: Config) -> Stage:
+    folder = _folder(config)
+    inputs = [Path(config.data.annotated), Path(config.model.tokenizer or config.model.hf_checkpoint)]
+    outputs = [folder.data / "train.jsonl", *_documents(folder, "train_prompt", "train_annotated")]
+    if config.data.held_out is not None:
+        inputs.append(Path(config.data.held_out))
+        outputs += [folder.data / "held_out.jsonl", *_documents(folder, "held_out_prompt", "held_out_annotated")]
+    return Stage("tokenize", _arguments(config, "tokenize"), 1, tuple(inputs), tuple(outputs))
+
+
+def _convert(config: Config) -> Stage:
+    return Stage(
+        name="convert",
+        arguments=_arguments(config, "convert"),
+        world_size=config.parallel.world_size,
+        inputs=(Path(config.model.hf_checkpoint),),
+        outputs=(_folder(config).initial_checkpoint,),
+    )
+
+
+def _rollout(config: Config, iteration: int) -> Stage:
+    folder, method = _folder(config), config.objective.method
+    inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt")]
+    outputs: list[Path] = []
+    if config.data.held_out is not None:
+        inputs += [folder.data / "held_out.jsonl", *_documents(folder, "held_out_prompt", "held_out_annotated")]
+        inputs += scorer_file(config)
+        outputs.append(folder.evaluation(iteration))
+    if method in _PROTO_METHODS and iteration == 0:
+        outputs += [folder.proto, *_documents(folder, "train_proto")]
+    if method != "sft" and iteration < config.self_play.iterations:
+        outputs += [folder.synthetic(iteration), folder.iteration(iteration) / "train_synthetic_document.json"]
+    return Stage(
+        name=f"rollout_{iteration:03d}",
+        arguments=_arguments(config, "rollout", "--iteration", str(iteration)),
+        world_size=config.generation_layout().world_size,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+    )
+
+
+def _train(config: Config, iteration: int) -> Stage:
+    folder, method = _folder(config), config.objective.method
+    inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt", "train_annotated")]
+    outputs = [folder.metrics(iteration), folder.checkpoints(iteration)]
+    if method != "sft":
+        inputs.append(folder.iteration(iteration) / "train_synthetic_document.json")
+    if method in _PROTO_METHODS:
+        inputs += _documents(folder, "train_proto")
+    if method in _REFERENCE_METHODS:
+        outputs.append(folder.reference(iteration))
+    return Stage(
+        name=f"train_{iteration:03d}",
+        arguments=_arguments(config, "train", "--iteration", str(iteration)),
+        world_size=config.parallel.world_size,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+    )
+
+
+def _export(config: Config) -> Stage:
+    folder = _folder(config)
+    return Stage(
+        name="export",
+        arguments=_arguments(config, "export"),
+        world_size=config.parallel.world_size,
+        inputs=(policy_folder(folder, config.self_play.iterations), Path(config.model.hf_checkpoint)),
+        outputs=(folder.export,),
+    )
+
+
+def _report(config: Config) -> Stage:
+    folder, last = _folder(config), config.self_play.iterations
+    inputs = [folder.metrics(iteration) for iteration in range(last)]
+    if config.data.held_out is not None:
+        inputs += [folder.evaluation(iteration) for iteration in range(last + 1)]
+    return Stage("report", ("report", str(folder.root)), 1, tuple(inputs), (folder.report,), disposable=True)
+
+
+def scorer_file(config: Config) -> list[Path]:
+    """The scorer's file, when it is named by its path."""
+    if config.evaluation.scorer is None:
+        return []
+    path = config.evaluation.scorer.rpartition(":")[0]
+    return [Path(path)] if path.endswith(".py") else []

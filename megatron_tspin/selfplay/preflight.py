@@ -1,0 +1,169 @@
+"""Everything that can be known to be wrong before a stage starts, in one report. Writes nothing, imports no torch."""
+
+import ast
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_tspin.config import CHAT_TEMPLATE, Config
+from megatron_tspin.data.annotated import read_annotated
+from megatron_tspin.errors import InputError
+from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.selfplay.disk_space import check_disk_space
+from megatron_tspin.selfplay.plan import scorer_file
+from megatron_tspin.selfplay.weights import check_weights
+from megatron_tspin.storage import read_json
+
+_CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+def preflight(config: Config) -> None:
+    """Checks the examples, the HF checkpoint, the layouts, the tokenizer, the scorer and the disk space.
+
+    Raises:
+        InputError: All that is wrong, one line each.
+    """
+    checks = (_check_examples, _check_held_out, _check_model, _check_tokenizer, _check_scorer, check_disk_space)
+    problems = [problem for check in checks for problem in _problems(check, config)]
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+
+
+def _problems(check: Callable[[Config], None], config: Config) -> list[str]:
+    try:
+        check(config)
+    except InputError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _check_examples(config: Config) -> None:
+    read_annotated(Path(config.data.annotated))
+
+
+def _check_held_out(config: Config) -> None:
+    if config.data.held_out is not None:
+        read_annotated(Path(config.data.held_out))
+
+
+def _check_model(config: Config) -> None:
+    folder = Path(config.model.hf_checkpoint)
+    problems = _problems(lambda config: check_weights(folder), config) if folder.is_dir() else []
+    try:
+        architecture = read_architecture(folder)
+    except InputError as error:
+        problems += str(error).splitlines()
+    else:
+        problems += _layout_problems(architecture, config)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _layout_problems(architecture: Architecture, config: Config) -> Iterator[str]:
+    training, generation = config.parallel, config.generation_layout()
+    for layout in dict.fromkeys((training, generation)):
+        try:
+            architecture.check_layout(layout)
+        except InputError as error:
+            place = " (generation's layout)" if layout != training else ""
+            yield from (f"{line}{place}" for line in str(error).splitlines())
+
+
+def _check_tokenizer(config: Config) -> None:
+    """The tokenizer is there, and each of its ids has a row in the embedding."""
+    checkpoint = Path(config.model.hf_checkpoint)
+    location = Path(config.model.tokenizer or config.model.hf_checkpoint)
+    if not location.exists():
+        raise InputError(f"{location}: no such tokenizer; model.tokenizer must be a folder or a SentencePiece model")
+    source, largest = _largest_id(location)
+    if config.data.template == CHAT_TEMPLATE:
+        _check_chat_template(location)
+    if not (checkpoint / "config.json").is_file():
+        return  # reported with the model
+    architecture = read_json(checkpoint / "config.json")
+    vocab_size = architecture.get("vocab_size") if isinstance(architecture, dict) else None
+    if isinstance(vocab_size, int) and largest >= vocab_size:
+        raise InputError(
+            f"{source}: its largest token id is {largest}, but vocab_size in {checkpoint / 'config.json'} is "
+            f"{vocab_size}; set --tokenizer-model to the tokenizer of this checkpoint"
+        )
+
+
+def _largest_id(location: Path) -> tuple[Path, int]:
+    """The file that defines the tokenizer and the largest id in it."""
+    rules = location / "tokenizer.json"
+    if location.is_dir() and rules.is_file():
+        return rules, _largest_hf_id(rules)
+    model = location / "tokenizer.model" if location.is_dir() else location
+    if not model.is_file() or model.suffix != ".model":
+        raise InputError(f"{location}: no tokenizer found; expected tokenizer.json or tokenizer.model in a folder")
+    from sentencepiece import SentencePieceProcessor  # only for those who use it
+
+    try:
+        return model, int(SentencePieceProcessor(model_file=str(model)).get_piece_size()) - 1
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{model}: not a SentencePiece model: {' '.join(str(error).split())}") from error
+
+
+def _largest_hf_id(path: Path) -> int:
+    rules = read_json(path)
+    try:
+        vocabulary = rules["model"]["vocab"]  # text -> id, or a list by id (Unigram)
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in rules.get("added_tokens") or []]
+        return max(int(identifier) for identifier in (*ids, *added))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a tokenizer: no vocabulary under model.vocab") from error
+
+
+def _check_chat_template(location: Path) -> None:
+    folder = location if location.is_dir() else location.parent
+    if any((folder / name).is_file() for name in _CHAT_TEMPLATE_FILES):
+        return
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or not read_json(settings).get("chat_template"):
+        raise InputError(
+            f"{folder}: data.template is `{CHAT_TEMPLATE}`, but the tokenizer has no chat template; "
+            "set --template to a text with {prompt}"
+        )
+
+
+def _check_scorer(config: Config) -> None:
+    """The scorer's function is defined where it is said to be. Its code is parsed, not run."""
+    scorer = config.evaluation.scorer
+    if scorer is None:
+        return
+    place, _, function = scorer.rpartition(":")
+    if not place or not function.isidentifier():
+        raise InputError(f"evaluation.scorer = {scorer!r}: expected `path/to/file.py:function` or `module:function`")
+    for path in scorer_file(config):
+        _check_function(path, function)
+        return
+    top = place.partition(".")[0]
+    if not top.isidentifier() or importlib.util.find_spec(top) is None:
+        raise InputError(f"evaluation.scorer = {scorer!r}: there is no module {top}; install it, or name a .py file")
+
+
+def _check_function(path: Path, function: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; evaluation.scorer must name the scorer's file")
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}") from error
+    names = _defined_names(tree)
+    if function not in names:
+        raise InputError(f"{path}: defines no function {function!r}; it has {', '.join(names) or 'none'}")
+
+
+def _defined_names(tree: ast.Module) -> list[str]:
+    """Names that a module's top level binds to something that may be called."""
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return names

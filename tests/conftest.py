@@ -1,0 +1,37 @@
+"""Fixtures of all tests: ranks to run on, and tiny HF checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rank_pool import RankPool
+from tiny_checkpoint import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(world_size)` is a `RankPool` that all tests share."""
+    pools: dict[int, RankPool] = {}
+
+    def get(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp("ranks"))
+        return pools[world_size]
+
+    yield get
+    for pool in pools.values():
+        pool.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_checkpoint(kind)` is the folder of an HF checkpoint; see `tiny_checkpoint.KINDS`. Do not write into it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(kind: str) -> Path:
+        folder = root / kind
+        if not folder.is_dir():
+            write_checkpoint(folder, kind)
+        return folder
+
+    return get

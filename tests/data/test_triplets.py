@@ -1,0 +1,95 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tspin.data.indexed import open_documents, write_documents
+from megatron_tspin.data.triplets import GlobalBatchSampler, binding_facts, open_role_documents, steps_per_iteration
+from megatron_tspin.errors import ArtifactError
+
+FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
+PROMPTS, ANNOTATED, SYNTHETIC = [[1], [2, 3]], [[4], [5, 6, 7]], [[8, 9], [5]]
+
+
+def write(folder: Path, key: str, documents: list[list[int]], vocab_size: int = 100, **facts: Any) -> Path:
+    write_documents(folder / f"train_{key}", documents, vocab_size, FACTS | facts)
+    return folder / f"train_{key}"
+
+
+def test_roles_are_read_beside_their_prompts(tmp_path: Path) -> None:
+    prompts = write(tmp_path, "prompt", PROMPTS)
+    roles = {"annotated": write(tmp_path, "annotated", ANNOTATED), "synthetic": write(tmp_path, "synthetic", SYNTHETIC)}
+    documents = open_role_documents(prompts, roles)
+    assert (documents.num_examples, documents.roles) == (2, ("annotated", "synthetic"))
+    assert [documents.prompt(i) for i in range(2)] == PROMPTS
+    assert [documents.response("annotated", i) for i in range(2)] == ANNOTATED
+    assert [documents.response("synthetic", i) for i in range(2)] == SYNTHETIC
+    assert documents.lengths("annotated").tolist() == [1, 3]
+    assert documents.lengths("prompt").tolist() == [1, 2]
+    assert binding_facts(open_documents(prompts)) == FACTS
+
+
+@pytest.mark.parametrize(
+    ("documents", "vocab_size", "facts", "expected"),
+    [
+        ([[4]], 100, {}, "documents is 1, but 2 in"),
+        (ANNOTATED, 200, {}, "vocab_size is 200, but 100 in"),
+        (ANNOTATED, 100, {"tokenizer_fingerprint": "u"}, "tokenizer_fingerprint is u, but t in"),
+        (ANNOTATED, 100, {"template_fingerprint": "q"}, "template_fingerprint is q, but p in"),
+        (ANNOTATED, 100, {"examples_sha256": None}, "examples_sha256 is None, but e in"),
+    ],
+)
+def test_roles_of_another_run_are_refused_with_both_values(
+    tmp_path: Path, documents: list[list[int]], vocab_size: int, facts: dict[str, Any], expected: str
+) -> None:
+    prompts = write(tmp_path, "prompt", PROMPTS)
+    role = write(tmp_path, "synthetic", documents, vocab_size, **facts)
+    with pytest.raises(ArtifactError, match=expected) as caught:
+        open_role_documents(prompts, {"synthetic": role})
+    assert str(tmp_path / "train_synthetic_document.json") in str(caught.value)
+    assert str(tmp_path / "train_prompt_document.json") in str(caught.value)
+
+
+sizes = st.integers(1, 60)
+
+
+@settings(deadline=None)  # the machines of CI are shared
+@given(sizes, sizes, st.integers(0, 2**70), st.integers(0, 5), st.integers(1, 3))
+def test_each_epoch_meets_each_example_once(
+    num_examples: int, batch_size: int, seed: int, iteration: int, epochs: int
+) -> None:
+    sampler = GlobalBatchSampler(num_examples, batch_size, seed, iteration)
+    per_epoch = steps_per_iteration(num_examples, batch_size, 1, None)
+    assert steps_per_iteration(num_examples, batch_size, epochs, None) == epochs * per_epoch
+    for epoch in range(epochs):
+        batches = [sampler.batch(epoch * per_epoch + step) for step in range(per_epoch)]
+        assert sorted(index for batch in batches for index in batch) == list(range(num_examples))
+        assert all(len(batch) == batch_size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_size
+
+
+@settings(deadline=None)  # the machines of CI are shared
+@given(sizes, sizes, st.lists(st.integers(0, 200), max_size=6))
+def test_a_batch_depends_on_its_step_alone(num_examples: int, batch_size: int, steps: list[int]) -> None:
+    used = GlobalBatchSampler(num_examples, batch_size, 7, 1)
+    for step in steps:
+        assert used.batch(step) == GlobalBatchSampler(num_examples, batch_size, 7, 1).batch(step)
+
+
+def test_seed_iteration_and_epoch_each_change_the_order() -> None:
+    def order(seed: int, iteration: int, step: int = 0) -> tuple[int, ...]:
+        return tuple(GlobalBatchSampler(100, 100, seed, iteration).batch(step))
+
+    assert len({order(1, 0), order(2, 0), order(1, 1), order(1, 0, step=1), tuple(range(100))}) == 5
+
+
+def test_the_order_is_the_same_on_every_machine_and_numpy() -> None:
+    assert GlobalBatchSampler(8, 8, 1234, 0).batch(0) == [1, 6, 2, 0, 3, 5, 7, 4]
+
+
+def test_train_iters_overrides_epochs_and_runs_on_into_the_next_epoch() -> None:
+    assert steps_per_iteration(10, 4, 2, None) == 6
+    assert steps_per_iteration(10, 4, 2, 5) == 5
+    sampler = GlobalBatchSampler(10, 4, 0, 0)
+    assert [len(sampler.batch(step)) for step in range(7)] == [4, 4, 2, 4, 4, 2, 4]

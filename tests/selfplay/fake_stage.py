@@ -1,0 +1,42 @@
+"""A stage without a model: writes the outputs it is told to, or misbehaves as a file beside the run says."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    name, behaviour_file, *outputs = sys.argv[1:]
+    behaviour = json.loads(Path(behaviour_file).read_text()).get(name, "")
+    with open(Path(behaviour_file).with_name("started.txt"), "a") as stream:
+        stream.write(f"{name} {os.getpid()}\n")
+    if behaviour == "hang":
+        time.sleep(600)
+    if behaviour.startswith("fail"):
+        return int(behaviour.removeprefix("fail"))
+    if behaviour.startswith("refuse"):
+        log_file = Path(os.environ["TSPIN_LOG_FILE"])
+        failure = {"rank": 0, "exit_code": int(behaviour.removeprefix("refuse")), "message": "line 3 is wrong"}
+        log_file.with_suffix(".failure.json").write_text(json.dumps(failure))
+        return 1  # as torchrun does, whatever its ranks did
+    if behaviour != "forget":
+        for output in map(Path, outputs):
+            write(output, name)
+    return 0
+
+
+def write(output: Path, name: str) -> None:
+    """Writes what stands for the output: a file, a checkpoint with its manifest, or shards with their summary."""
+    inner = {"checkpoint": "step_00000004/manifest.json", "synthetic": "summary.json", "proto": "summary.json",
+             "hf": "config.json"}.get(output.name)  # fmt: skip
+    if output.name == "checkpoint" and output.parent.name == "initial":
+        inner = "manifest.json"
+    path = output / inner if inner else output
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"stage": name}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_tspin.config import Config
+from megatron_tspin.selfplay import launch
+from megatron_tspin.selfplay.failure import Failure, clear_failure, read_failure, record_failure
+from megatron_tspin.selfplay.plan import plan
+
+
+def test_one_rank_needs_no_torchrun(config_of: Callable[..., Config]) -> None:
+    stage = next(stage for stage in plan(config_of()) if stage.name == "train_001")
+    run_yaml = str(Path(config_of().run_dir) / "run.yaml")
+    assert launch.command(stage) == [
+        sys.executable, "-m", "megatron_tspin", "train", "--config", run_yaml, "--iteration", "1",
+    ]  # fmt: skip
+
+
+def test_several_ranks_use_torchrun(config_of: Callable[..., Config]) -> None:
+    config = config_of(parallel__tensor_model_parallel_size=2)
+    stage = next(stage for stage in plan(config) if stage.name == "convert")
+    command = launch.command(stage)
+    assert command[1:9:2] == ["-m", "--nproc-per-node", "--master-addr", "--master-port"]
+    assert command[2:10:2][:3] == ["torch.distributed.run", "2", "127.0.0.1"]
+    assert command[9:12] == ["-m", "megatron_tspin", "convert"]
+    assert 1024 <= int(command[8]) < 65536
+
+
+def test_environment(config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    env = launch.environment(config_of(parallel__cpu_threads=3), tmp_path / "x.log")
+    assert env["OMP_NUM_THREADS"] == "3" and env["HF_HUB_OFFLINE"] == "1" and env["PYTHONUNBUFFERED"] == "1"
+    assert env["PYTHONPATH"].endswith(":/mine")
+    assert (Path(env["PYTHONPATH"].split(":")[0]) / "megatron_tspin" / "__main__.py").is_file()
+
+
+def test_the_first_failure_counts(tmp_path: Path) -> None:
+    log_file = tmp_path / "train_000.log"
+    assert read_failure(log_file) is None
+    assert record_failure(log_file, Failure(1, 2, "bad"))
+    assert not record_failure(log_file, Failure(0, 2, "bad"))  # nothing new for a person
+    assert record_failure(log_file, Failure(2, 5, "worse"))  # new, but not first
+    assert read_failure(log_file) == Failure(1, 2, "bad")
+    clear_failure(log_file)
+    assert read_failure(log_file) is None
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from megatron_tspin.config import Config
+from megatron_tspin.errors import InputError
+from megatron_tspin.selfplay import disk_space
+from megatron_tspin.selfplay.preflight import preflight
+from megatron_tspin.selfplay.weights import count_parameters
+from selfplay.fake_world import write_safetensors
+
+ConfigOf = Callable[..., Config]
+
+
+def refused(config: Config) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        preflight(config)
+    return str(caught.value).splitlines()
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_good_world_passes(config_of: ConfigOf) -> None:
+    preflight(config_of())
+
+
+def test_all_problems_are_in_one_report(world: Path, config_of: ConfigOf) -> None:
+    (world / "train.jsonl").write_text('{"prompt": "x"}\nnot json\n')
+    (world / "scorer.py").write_text("def other():\n    pass\n")
+    (world / "base" / "model.safetensors").unlink()
+    change_json(world / "base" / "config.json", vocab_size=5)
+    config = config_of(data__held_out=str(world / "absent.jsonl"), parallel__tensor_model_parallel_size=8)
+    lines = refused(config)
+    for words in (
+        "train.jsonl:1", "train.jsonl:2", "absent.jsonl", "no *.safetensors", "attention heads",
+        "largest token id is 5",         "no function 'score'",
+    ):  # fmt: skip
+        assert sum(words in line for line in lines) == 1, (words, lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"parallel__tensor_model_parallel_size": 4}, "2 key-value heads"),
+        ({"parallel__pipeline_model_parallel_size": 4}, "2 layers"),
+        ({"generation__pipeline_model_parallel_size": 4}, "(generation's layout)"),
+        ({"model__hf_checkpoint": "/absent"}, "/absent: no such folder"),
+        ({"model__tokenizer": "/absent"}, "/absent: no such tokenizer"),
+        ({"data__template": "chat"}, "no chat template"),
+        ({"evaluation__scorer": "/absent.py:score"}, "/absent.py: no such file"),
+        ({"evaluation__scorer": "score"}, "expected `path/to/file.py:function`"),
+        ({"evaluation__scorer": "no_such_module_here.inner:score"}, "no module no_such_module_here"),
+    ],
+)
+def test_a_bad_setting(config_of: ConfigOf, settings: dict[str, Any], words: str) -> None:
+    assert any(words in line for line in refused(config_of(**settings)))
+
+
+def test_a_chat_template_may_be_in_either_place(world: Path, config_of: ConfigOf) -> None:
+    settings = world / "base" / "tokenizer_config.json"
+    settings.write_text('{"chat_template": "x"}')
+    preflight(config_of(data__template="chat"))
+    settings.unlink()
+    (world / "base" / "chat_template.jinja").write_text("x")
+    preflight(config_of(data__template="chat"))
+
+
+def test_a_scorer_may_be_imported_or_assigned(world: Path, config_of: ConfigOf) -> None:
+    for text in ("from json import loads as score", "score = len", "class score:\n    pass"):
+        (world / "scorer.py").write_text(text)
+        preflight(config_of())
+    (world / "scorer.py").write_text("def score(:\n")
+    assert "scorer.py:1: not valid Python" in refused(config_of())[0]
+
+
+def test_a_scorer_is_not_run(world: Path, config_of: ConfigOf) -> None:
+    (world / "scorer.py").write_text("raise SystemExit(9)\ndef score(record, response):\n    return 1.0\n")
+    preflight(config_of())
+
+
+def test_unsupported_family(world: Path, config_of: ConfigOf) -> None:
+    change_json(world / "base" / "config.json", model_type="gpt_unknown")
+    assert any("gpt_unknown" in line for line in refused(config_of()))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"vocab": 3}}'])
+def test_a_broken_tokenizer(world: Path, config_of: ConfigOf, text: str) -> None:
+    (world / "base" / "tokenizer.json").write_text(text)
+    assert any("tokenizer.json" in line for line in refused(config_of()))
+
+
+def test_a_broken_hf_config(world: Path, config_of: ConfigOf) -> None:
+    (world / "base" / "config.json").write_text("{")
+    lines = refused(config_of())
+    assert len(lines) == 1 and "config.json" in lines[0]
+
+
+def test_unigram_vocabularies_are_lists(world: Path, config_of: ConfigOf) -> None:
+    rules = {"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 7}}
+    (world / "base" / "tokenizer.json").write_text(json.dumps(rules))
+    assert any("largest token id is 6" in line for line in refused(config_of()))
+
+
+def test_a_sentencepiece_file_that_is_none(world: Path, config_of: ConfigOf) -> None:
+    (world / "x.model").write_bytes(b"no model")
+    assert any(
+        "not a SentencePiece model" in line for line in refused(config_of(model__tokenizer=str(world / "x.model")))
+    )
+
+
+def test_truncated_and_missing_weights(world: Path, config_of: ConfigOf) -> None:
+    weights = world / "base" / "model.safetensors"
+    whole = weights.read_bytes()
+    for size in (0, 4, 20, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        (line,) = refused(config_of())
+        assert "model.safetensors" in line and "download it again" in line
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (world / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (line,) = refused(config_of())
+    assert "model-00002.safetensors: no such file" in line
+
+
+def test_parameters_are_counted_from_headers(world: Path) -> None:
+    assert count_parameters(world / "base") == 6 * 8 + 8
+    write_safetensors(world / "base" / "more.safetensors", {"scalar": [], "b": [2, 3]})
+    assert count_parameters(world / "base") == 6 * 8 + 8 + 1 + 6
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_disk_space(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of()
+    least, likely = disk_space.least_bytes(56, 2), disk_space.likely_bytes(56, 2)
+    assert (least, likely) == (4 * 56 * 4, 8 * 56 * 4)
+    for free, outcome in ((least - 1, "refused"), (least, "warned"), (likely, "passed")):
+        caplog.clear()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10**9, 0, free))
+        if outcome == "refused":
+            (line,) = refused(config)
+            assert str(least) in line and str(free) in line
+            continue
+        with caplog.at_level("WARNING", logger="megatron_tspin"):
+            preflight(config)
+        assert ("optimizer states" in caplog.text) == (outcome == "warned")
+
+
+def test_what_a_run_has_written_counts_as_available(
+    world: Path, config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 0))
+    assert refused(config_of())
+    (world / "run").mkdir()
+    (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(56, 2)))
+    preflight(config_of())

@@ -1,0 +1,104 @@
+"""One trajectory: every layout gives the losses and weights of plain transformers with the paper's formulas."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trajectory import gradients, make_config, plain_gradients, train, train_plainly, weights
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "recompute_full": {"training.recompute_granularity": "full"},
+    "recompute_selective": {"training.recompute_granularity": "selective"},
+    "micro_batch_8": {"training.micro_batch_size": 8},
+    "tp2": {"parallel.tensor_model_parallel_size": 2},
+    "tp2_sp": {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True},
+    "tp2_sp_recompute": {
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": True,
+        "training.recompute_granularity": "full",
+    },
+    "pp2": {"parallel.pipeline_model_parallel_size": 2},
+    "dp2": {"parallel.data_parallel_size": 2},
+    "dp2_distributed_optimizer": {"parallel.data_parallel_size": 2, "parallel.use_distributed_optimizer": True},
+    "tp2_pp2": {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2},
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "tspin_exponential": {"objective.link": "exponential"},
+    "tspin_beta_0": {"objective.beta": 0.0},
+    "spin": {"objective.method": "spin"},
+    "tspin_ref": {"objective.method": "tspin_ref"},
+    "sft": {"objective.method": "sft"},
+}
+
+
+def assert_same(found: tuple[list[float], dict[str, Any]], expected: tuple[list[float], dict[str, Any]]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert set(found[1]) == set(expected[1])
+    for name, value in expected[1].items():
+        error = (found[1][name] - value).norm() / value.norm()
+        assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "llama3_rope", "mistral_window"])
+def test_log_probs_and_gradients(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    config = make_config(tiny_checkpoint(kind), **LAYOUTS[layout])
+    log_probs = ranks(config.parallel.world_size).run(gradients, config, tmp_path / "out")
+    expected, expected_gradients = plain_gradients(config)
+    for each in log_probs:
+        assert each == pytest.approx(expected, rel=1e-6)
+    found = weights(tmp_path / "out")
+    for name, value in expected_gradients.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_checkpoint: Any) -> Any:
+    """The judge's trajectory for a kind of checkpoint and settings, computed once."""
+    known: dict[str, Any] = {}
+
+    def get(kind: str, settings: dict[str, Any]) -> Any:
+        key = f"{kind} {settings}"
+        if key not in known:
+            known[key] = train_plainly(make_config(tiny_checkpoint(kind), **settings))
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
+    config = make_config(tiny_checkpoint(kind), **LAYOUTS[layout])
+    losses = ranks(config.parallel.world_size).run(train, config, tmp_path / "out")
+    assert all(each == losses[0] for each in losses)
+    assert_same((losses[0], weights(tmp_path / "out")), judged(kind, {}))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(objective: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
+    config = make_config(tiny_checkpoint("untied"), **OBJECTIVES[objective])
+    losses = ranks(1).run(train, config, tmp_path / "out")[0]
+    assert_same((losses, weights(tmp_path / "out")), judged("untied", OBJECTIVES[objective]))
+
+
+@pytest.mark.parametrize("kind", ["llama3_rope", "mistral_window"])
+def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
+    config = make_config(tiny_checkpoint(kind), **LAYOUTS["tp2"])
+    losses = ranks(2).run(train, config, tmp_path / "out")[0]
+    assert_same((losses, weights(tmp_path / "out")), judged(kind, {}))
+
+
+@pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2_sp", "dp2_distributed_optimizer"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_resuming_changes_no_bit(layout: str, optimizer: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    config = make_config(tiny_checkpoint("tied"), **LAYOUTS[layout], **{"optimizer.optimizer": optimizer})
+    pool = ranks(config.parallel.world_size)
+    unbroken = pool.run(train, config, tmp_path / "unbroken")[0]
+    resumed = pool.run(train, config, tmp_path / "resumed", 3)[0]
+    assert resumed == unbroken
+    expected = weights(tmp_path / "unbroken")
+    for name, value in weights(tmp_path / "resumed").items():
+        assert value.equal(expected[name]), name
