@@ -6,6 +6,7 @@ Only one rank of a stage speaks; the others pass `speak=False`. The package neve
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ def set_up_logging(speak: bool = True) -> None:
     package.handlers[:] = [handler]
     package.propagate = False
     package.setLevel(logging.INFO if speak else logging.WARNING)
+    # megatron-core tells at import which optional packages (Transformer Engine, apex) are absent.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 
 def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> Any:

@@ -8,7 +8,6 @@ is there, once per process, before megatron-core is imported. Nothing else in th
 import functools
 import os
 import random
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,8 +48,6 @@ def prepare_platform(cpu_threads: int = 1) -> None:
     if _prepared:
         return
     _prepared = True
-    # They tell of optional packages (Transformer Engine, apex) that are absent by choice.
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
     if has_cuda():
         _select_cuda_device()
     else:

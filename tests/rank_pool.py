@@ -138,12 +138,12 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
             sys.path[:], call = pickle.loads(job)
             function, args = pickle.loads(call)
             answer = pickle.dumps((True, function(*args)))
-        except Exception as error:
+        except BaseException as error:  # torch's CheckpointException is no Exception
             answer = _failure(error, rank)
         connection.send_bytes(answer)
 
 
-def _failure(error: Exception, rank: int) -> bytes:
+def _failure(error: BaseException, rank: int) -> bytes:
     text = f"on rank {rank}:\n{traceback.format_exc()}"
     error.add_note(text)
     try:

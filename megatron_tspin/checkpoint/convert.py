@@ -1,6 +1,7 @@
 """HF weights into the policy of this rank, and out of all ranks into an HF folder."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def export_hf(
                 for name, tensor in _gather(weight, local, model.architecture, topology).items():
                     writer.add(name, tensor)
             writer.finish(source_hf, dtype)
+            if target.is_dir():
+                shutil.rmtree(target)
     dist.barrier()
 
 

@@ -60,13 +60,13 @@ class HFFolder:
         Raises:
             InputError: It is not a plain floating-point type.
         """
-        stored = self._files[name].get_slice(name).get_dtype()
+        stored = self._stored_dtype(name)
         if stored not in _DTYPES:
-            raise InputError(
-                f"{self._file_of[name]}: tensor {name} has dtype {stored}; use an unquantised checkpoint in "
-                f"{', '.join(_DTYPES)}"
-            )
+            raise InputError(f"{self.folder}: {_refused_dtype(name, stored)}")
         return _DTYPES[stored]
+
+    def _stored_dtype(self, name: str) -> str:
+        return str(self._files[name].get_slice(name).get_dtype())
 
     def read(self, name: str, segment: Segment | None = None) -> Tensor:
         """Reads a tensor, or the rows or columns of one, and no more than those."""
@@ -103,8 +103,8 @@ class HFFolder:
                 left_over.discard(name)
                 if self.shape(name) != shape:
                     yield f"tensor {name} has shape {list(self.shape(name))}, config.json demands {list(shape)}"
-                else:
-                    self.dtype(name)
+                if self._stored_dtype(name) not in _DTYPES:
+                    yield _refused_dtype(name, self._stored_dtype(name))
         if architecture.tied_embeddings and LM_HEAD in left_over:
             left_over.discard(LM_HEAD)
             embedding = next(weight.hf[0] for weight in weights(architecture) if weight.core == EMBEDDING)
@@ -115,6 +115,10 @@ class HFFolder:
                 )
         for name in sorted(left_over):
             yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
+
+
+def _refused_dtype(name: str, stored: str) -> str:
+    return f"tensor {name} has dtype {stored}; use an unquantised checkpoint in {', '.join(_DTYPES)}"
 
 
 def weight_files(folder: Path) -> list[Path]:

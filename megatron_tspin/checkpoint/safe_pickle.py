@@ -1,16 +1,18 @@
-"""Reads torch's checkpoint metadata, a pickle, without letting it run code.
+"""Reads the pickles of a torch_dist checkpoint without letting them run code.
 
 torch.distributed.checkpoint unpickles `.metadata` with Python's own unpickler, which calls whatever the file names.
-Within `restricted_metadata` it may only build the dataclasses that such metadata consists of. The tensors are read by
-torch with `weights_only=True`.
+Within `restricted_metadata` it may only build the dataclasses that such metadata consists of. Everything else, the
+tensors and `common.pt`, torch reads with `weights_only=True`.
 """
 
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+import torch
 import torch.distributed.checkpoint.filesystem as torch_filesystem
 
 from megatron_tspin.errors import ArtifactError
@@ -48,6 +50,23 @@ def load(stream: IO[bytes]) -> Any:
         ArtifactError: It names anything but the dataclasses of such metadata.
     """
     return _Unpickler(stream).load()
+
+
+def check_pickles(folder: Path) -> None:
+    """Opens the pickles of a checkpoint once, as carefully as they will be read, for an error that can be understood.
+
+    Raises:
+        ArtifactError: One of them holds anything that does not belong there.
+    """
+    try:
+        with (folder / ".metadata").open("rb") as stream:
+            load(stream)
+        torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder / '.metadata'}: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{folder}: .metadata or common.pt is not what megatron-core writes: {reason}") from error
 
 
 @contextmanager

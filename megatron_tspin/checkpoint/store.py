@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
 from megatron_tspin.checkpoint.manifest import (
@@ -27,9 +28,9 @@ from megatron_tspin.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_tspin.checkpoint.optimizer_state import METADATA, LoadingPlan, describe_optimizer, sharded_state
-from megatron_tspin.checkpoint.safe_pickle import restricted_metadata
+from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.config import ParallelSection, TrainingSection
-from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.errors import ArtifactError, InputError, StageError
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
@@ -91,6 +92,9 @@ def save_checkpoint(
         topology: This rank's place.
         optimizer: megatron-core's optimizer of the model, to continue from; None leaves it out.
         state: Small and JSON-able; `load_checkpoint` gives it back.
+
+    Raises:
+        StageError: A rank could not write, e.g. to a full disk; what was there before is untouched.
     """
     policy = _bare(model)
     tensors = _model_state(policy)
@@ -102,7 +106,10 @@ def save_checkpoint(
     if topology.rank == 0:
         _make_empty(temporary)
     dist.barrier()
-    dist_checkpointing.save(tensors, str(temporary), sharded_strategy=InProcessSave())
+    try:
+        dist_checkpointing.save(tensors, str(temporary), sharded_strategy=InProcessSave())
+    except CheckpointException as error:
+        raise StageError(f"{temporary}: cannot be written: {_reason(error)}") from error
     dist.barrier()
     files = _all_files(temporary, topology)
     if topology.rank == 0:
@@ -113,6 +120,12 @@ def save_checkpoint(
         os.replace(temporary, folder)
         fsync_path(folder.parent)
     dist.barrier()
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first rank's failure; torch raises the same on all ranks."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def _make_empty(folder: Path) -> None:
@@ -159,8 +172,12 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, topology: Topology, op
     if optimizer is not None:
         plan = LoadingPlan(folder, optimizer, tensors, manifest["facts"]["optimizer"])
         wanted |= plan.wanted
-    with restricted_metadata():
-        loaded = dist_checkpointing.load(wanted, str(folder))
+    check_pickles(folder)
+    try:
+        with restricted_metadata():
+            loaded = dist_checkpointing.load(wanted, str(folder))
+    except CheckpointException as error:  # no Exception: it would pass every handler
+        raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])
     if plan is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from megatron_tspin.cli.arguments import command_parser
 from megatron_tspin.cli.run import show_iterations
 from megatron_tspin.config import Config, Method
-from megatron_tspin.config_source import read_yaml, load_config
+from megatron_tspin.config_source import load_config, read_yaml
 from megatron_tspin.errors import EXIT_OK, InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.selfplay import driver

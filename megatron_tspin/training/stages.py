@@ -112,7 +112,7 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
 
 
 def _reference(path: Path, model: PolicyModel, topology: Topology, source: TripletSource) -> list[dict[str, float]]:
-    """Gives log pi_t of every response of the iteration, computed once, by the policy that the iteration starts from."""
+    """Returns log pi_t of every response, computed once, by the policy that the iteration starts from."""
     triplets = source.all()
     if not path.is_file():
         roles = list(triplets[0].responses)

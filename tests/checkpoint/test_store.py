@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 from rank_pool import in_layout
 
-from megatron_tspin.checkpoint.manifest import latest_checkpoint, verify_checkpoint
+from megatron_tspin.checkpoint.manifest import describe_files, latest_checkpoint, verify_checkpoint, write_manifest
 from megatron_tspin.config import OptimizerSection, ParallelSection, TrainingSection
-from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.errors import ArtifactError, InputError, StageError
 
 
 def layout(tp: int = 1, pp: int = 1, dp: int = 1, distributed_optimizer: bool = False) -> ParallelSection:
@@ -43,7 +44,9 @@ def wrap(model: Any, parallel: ParallelSection, bf16: bool) -> tuple[Any, Any]:
         overlap_grad_reduce=False,
     )
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
-    return wrapped, build_optimizer(wrapped, OptimizerSection(lr=1e-2), parallel, TrainingSection(bf16=bf16))
+    kind = "rmsprop" if model.architecture.tied_embeddings else "adam"  # Adam needs the step: bias correction
+    settings = OptimizerSection(optimizer=kind, lr=1e-2)
+    return wrapped, build_optimizer(wrapped, settings, parallel, TrainingSection(bf16=bf16))
 
 
 def step(wrapped: Any, optimizer: Any, number: int) -> None:
@@ -62,11 +65,12 @@ def step(wrapped: Any, optimizer: Any, number: int) -> None:
 
 def whole_parameters(model: Any, topology: Any, hf: Path, target: Path) -> dict[str, Any]:
     """All weights, by way of the export."""
+    import torch
     from safetensors.torch import load_file
 
     from megatron_tspin.checkpoint.convert import export_hf
 
-    export_hf(model, topology, hf, target, dtype=__import__("torch").float32)
+    export_hf(model, topology, hf, target, dtype=torch.float32)
     return {name: tensor.numpy() for name, tensor in load_file(target / "model.safetensors").items()}
 
 
@@ -83,7 +87,7 @@ def train_and_save(hf: Path, folder: Path, parallel: ParallelSection, bf16: bool
             step(wrapped, optimizer, number)
         save_checkpoint(folder, wrapped, topology, optimizer, {"step": 2, "note": "é"})
         step(wrapped, optimizer, 3)
-        return whole_parameters(model, topology, hf, scratch) if True else {}
+        return whole_parameters(model, topology, hf, scratch)
 
 
 def load_and_train(hf: Path, folder: Path, parallel: ParallelSection, bf16: bool, scratch: Path) -> tuple[Any, Any]:
@@ -120,3 +124,182 @@ def test_training_continues_under_another_layout(ranks, tiny_checkpoint, tmp_pat
     assert straight.keys() == continued.keys()
     for name in straight:
         assert (straight[name] == continued[name]).all(), name
+
+
+def save_plain(hf: Path, folder: Path, parallel: ParallelSection, state: dict[str, Any]) -> None:
+    """A checkpoint without optimizer."""
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.store import save_checkpoint
+
+    with in_layout(parallel) as topology:
+        model = build(hf, parallel, topology)
+        load_hf(model, topology)
+        save_checkpoint(folder, model, topology, state=state)
+
+
+def load_plain(hf: Path, folder: Path, parallel: ParallelSection, with_optimizer: bool = False) -> dict[str, Any]:
+    from megatron_tspin.checkpoint.store import load_checkpoint
+
+    with in_layout(parallel) as topology:
+        model = build(hf, parallel, topology)
+        optimizer = wrap(model, parallel, bf16=False)[1] if with_optimizer else None
+        return load_checkpoint(folder, model, topology, optimizer)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tiny_checkpoint, tmp_path_factory) -> Path:
+    """Three checkpoints of two ranks; do not write into it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for number in (1, 2, 10):
+        ranks(2).run(save_plain, tiny_checkpoint("tied"), folder / f"step_{number:08d}", layout(pp=2), {"step": number})
+    return folder
+
+
+@pytest.fixture
+def checkpoints(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def shard(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def test_a_whole_checkpoint_says_what_it_is(saved):
+    manifest = verify_checkpoint(saved / "step_00000010")
+    assert manifest["state"] == {"step": 10}
+    assert manifest["facts"]["layout"] == {"tp": 1, "pp": 2, "dp": 1}
+    assert manifest["facts"]["optimizer"] is None and manifest["facts"]["architecture"]["num_layers"] == 4
+    assert set(manifest["files"]) == {path.name for path in (saved / "step_00000010").iterdir()} - {"manifest.json"}
+    assert latest_checkpoint(saved) == saved / "step_00000010"
+    assert not list(saved.glob("*.partial"))
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return rf"{path}: missing; manifest.json names it with \d+ bytes"
+
+
+def truncate(path: Path) -> str:
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path}: {size - 1} bytes, manifest.json says {size}"
+
+
+def flip_a_bit(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    before = hashlib.sha256(content).hexdigest()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path}: SHA-256 {hashlib.sha256(content).hexdigest()}, manifest.json says {before}"
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, flip_a_bit])
+@pytest.mark.parametrize("name", ["shard", ".metadata", "common.pt"])
+def test_a_broken_checkpoint_is_refused_and_passed_over(ranks, tiny_checkpoint, checkpoints, caplog, damage, name):
+    broken = checkpoints / "step_00000010"
+    message = damage(shard(broken) if name == "shard" else broken / name)
+    with pytest.raises(ArtifactError, match=message):
+        verify_checkpoint(broken)
+    with pytest.raises(ArtifactError, match=message):
+        ranks(2).run(load_plain, tiny_checkpoint("tied"), broken, layout(tp=2))
+    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000002"
+    assert "step_00000010 is not whole and is passed over" in caplog.text
+
+
+def test_a_manifest_that_is_missing_torn_or_altered(checkpoints):
+    missing, torn, altered = (checkpoints / f"step_{number:08d}" / "manifest.json" for number in (1, 2, 10))
+    missing.unlink()
+    torn.write_text(torn.read_text()[:-40])
+    altered.write_text(altered.read_text().replace('"step": 10', '"step": 11'))
+    for path, message in ((missing, "no such file"), (torn, "not valid JSON"), (altered, "it was altered")):
+        with pytest.raises(ArtifactError, match=message):
+            verify_checkpoint(path.parent)
+    assert latest_checkpoint(checkpoints) is None
+    assert latest_checkpoint(checkpoints / "nowhere") is None
+
+
+def sign_again(folder: Path, files: dict[str, Any] | None = None) -> None:
+    """What an attacker would do: a manifest that fits."""
+    manifest = verify_or_read(folder)
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    write_manifest(folder, files or describe_files(folder, names), manifest["facts"], manifest["state"])
+
+
+def verify_or_read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text()))
+
+
+class Touch:
+    """A pickle that creates a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_a_pickle_with_a_fitting_manifest_runs_nothing(ranks, tiny_checkpoint, checkpoints, tmp_path, name):
+    folder = checkpoints / "step_00000010"
+    (folder / name).write_bytes(pickle.dumps(Touch(tmp_path / "was_run"), protocol=2))
+    sign_again(folder)
+    with pytest.raises(ArtifactError, match=r"(names posix.mkdir, which does not belong|Weights only load failed)"):
+        ranks(1).run(load_plain, tiny_checkpoint("tied"), folder, layout())
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_manifest_names_only_files_beside_it(checkpoints, tmp_path):
+    folder = checkpoints / "step_00000010"
+    (tmp_path / "outside").write_text("x")
+    files = verify_or_read(folder)["files"] | {"../../outside": {"size": 1, "sha256": "0"}}
+    sign_again(folder, files)
+    with pytest.raises(ArtifactError, match=r"names '../../outside', which is not a file beside it"):
+        verify_checkpoint(folder)
+
+
+def test_another_architecture_and_a_missing_optimizer_are_refused(ranks, tiny_checkpoint, saved):
+    folder = saved / "step_00000001"
+    with pytest.raises(InputError, match="tied_embeddings is True there and False in the model"):
+        ranks(2).run(load_plain, tiny_checkpoint("untied"), folder, layout(tp=2))
+    with pytest.raises(InputError, match="step_00000001: holds no optimizer state; continue from one saved inside"):
+        ranks(1).run(load_plain, tiny_checkpoint("tied"), folder, layout(), True)
+
+
+def test_saving_replaces_and_leaves_no_rests(ranks, tiny_checkpoint, checkpoints):
+    folder = checkpoints / "step_00000010"
+    partial = checkpoints / "step_00000010.partial"
+    partial.mkdir()
+    (partial / "rest").write_text("of a killed writer")
+    ranks(2).run(save_plain, tiny_checkpoint("tied"), folder, layout(tp=2), {"step": 10, "again": True})
+    assert verify_checkpoint(folder)["state"]["again"] and not partial.exists() and not (folder / "rest").exists()
+
+
+def fail_to_write(hf: Path, folder: Path, parallel: ParallelSection) -> None:
+    """A disk that is full for rank 1."""
+    import errno
+
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from megatron_tspin.checkpoint import in_process_save
+
+    class FullDisk(FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            if os.environ["RANK"] == "1":
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+            return super().write_data(*args)
+
+    original = in_process_save.FileSystemWriter
+    in_process_save.FileSystemWriter = FullDisk
+    try:
+        save_plain(hf, folder, parallel, {})
+    finally:
+        in_process_save.FileSystemWriter = original
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(ranks, tiny_checkpoint, checkpoints):
+    with pytest.raises(
+        StageError, match=r"step_00000010.partial: cannot be written: rank 1: .*No space left on device"
+    ):
+        ranks(2).run(fail_to_write, tiny_checkpoint("tied"), checkpoints / "step_00000010", layout(tp=2))
+    assert verify_checkpoint(checkpoints / "step_00000010")["state"] == {"step": 10}

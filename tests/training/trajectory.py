@@ -170,7 +170,9 @@ def plain_gradients(config: Config) -> tuple[list[float], dict[str, Any]]:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model.hf_checkpoint, dtype=torch.float32).eval()
     triplets = triplets_of(0)
-    log_probs = [plain_log_prob(model, t.prompt, response).item() for t in triplets for response in t.responses.values()]
+    log_probs = [
+        plain_log_prob(model, t.prompt, response).item() for t in triplets for response in t.responses.values()
+    ]
     (sum(plain_loss(config, model, triplet) for triplet in triplets) / len(triplets)).backward()
     return log_probs, {name: value.grad for name, value in model.named_parameters()}
 

@@ -1,0 +1,154 @@
+"""HF checkpoints into the run and out of it. Checkpoints made here are fp32, which loses nothing of the source."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_tspin.checkpoint.convert import export_hf, load_hf
+from megatron_tspin.checkpoint.hf_folder import weight_files
+from megatron_tspin.checkpoint.store import (
+    build_policy,
+    latest_checkpoint,
+    load_policy,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from megatron_tspin.config import Config, ParallelSection, TrainingSection
+from megatron_tspin.errors import ArtifactError, InputError, TspinError
+from megatron_tspin.log import get_logger
+from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.parallel import Topology, distributed
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.storage import sha256_file, sha256_text
+from megatron_tspin.training.parity import Sentence, check_parity, read_sentences
+
+_log = get_logger(__name__)
+
+Value = TypeVar("Value")
+_FP32 = TrainingSection(bf16=False)
+
+
+def convert_run(config: Config) -> None:
+    """Makes the run's initial checkpoint, unless one of the same HF files is there and whole."""
+    source, target = Path(config.model.hf_checkpoint), RunFolder(Path(config.run_dir)).initial_checkpoint
+    with distributed(config.parallel, config.seed) as topology:
+        digest = _on_first_rank(lambda: source_digest(source), topology)
+        if _on_first_rank(lambda: _is_of(target, digest), topology):
+            _log.info("%s is there already", target)
+            return
+        _convert(source, target, config.parallel, topology, digest)
+
+
+def convert_checkpoint(
+    hf_checkpoint: Path, save: Path, parallel: ParallelSection, verify: bool, verify_data: Path | None, bound: float
+) -> None:
+    """Converts an HF checkpoint, and on request compares what the two models compute.
+
+    Args:
+        hf_checkpoint: The HF folder.
+        save: The checkpoint folder to write.
+        parallel: The layout; the checkpoint loads under any other too.
+        verify: Compare sequence log-probs with transformers' in fp32, before anything is written.
+        verify_data: JSONL with `prompt` and `response` to compare on; None takes built-in sentences.
+        bound: Largest relative difference of a sequence log-prob.
+
+    Raises:
+        InputError: A folder or a file cannot be used.
+        ParityError: The difference is larger than `bound`.
+    """
+    _refuse_existing(save)
+    sentences = read_sentences(hf_checkpoint, verify_data) if verify else []
+    with distributed(parallel) as topology:
+        digest = _on_first_rank(lambda: source_digest(hf_checkpoint), topology)
+        _convert(hf_checkpoint, save, parallel, topology, digest, (sentences, bound))
+
+
+def export_run(config: Config) -> None:
+    """Exports the policy after the last self-play iteration, in the dtypes of the run's HF checkpoint."""
+    folder = RunFolder(Path(config.run_dir))
+    checkpoints = folder.checkpoints(config.self_play.iterations - 1)
+    with distributed(config.parallel, config.seed) as topology:
+        found = _on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
+        if found is None:
+            raise ArtifactError(f"{checkpoints}: no whole checkpoint; run `tspin run` again to make it")
+        _export(found, Path(config.model.hf_checkpoint), folder.export, config.parallel, topology)
+
+
+def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: ParallelSection) -> None:
+    """Exports any checkpoint of this project.
+
+    Args:
+        load: The checkpoint.
+        hf_checkpoint: The HF folder it came from; gives config.json, tokenizer and each tensor's dtype.
+        save: The HF folder to write.
+        parallel: The layout.
+    """
+    _refuse_existing(save)
+    with distributed(parallel) as topology:
+        _export(load, hf_checkpoint, save, parallel, topology)
+
+
+def _refuse_existing(path: Path) -> None:
+    """What a person names on the command line is not overwritten, unlike a run's own files."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists already; give --save the name of a new folder")
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    parallel: ParallelSection,
+    topology: Topology,
+    digest: str,
+    parity: tuple[list[Sentence], float] = ([], 0.0),
+) -> None:
+    model: PolicyModel = build_policy(read_architecture(source), parallel, _FP32, topology)
+    load_hf(model, topology)
+    sentences, bound = parity
+    if sentences:
+        check_parity(model, topology, source, sentences, bound)
+    save_checkpoint(target, model, topology, state={"hf_checkpoint": str(source), "hf_digest": digest})
+    if topology.speaks:
+        _log.info("converted %s to %s", source, target)
+
+
+def _export(load: Path, source: Path, target: Path, parallel: ParallelSection, topology: Topology) -> None:
+    model = load_policy(read_architecture(source), parallel, _FP32, topology, load)
+    export_hf(model, topology, source, target)
+    if topology.speaks:
+        _log.info("exported %s to %s", load, target)
+
+
+def source_digest(folder: Path) -> str:
+    """Hex SHA-256 over config.json and the weights of an HF folder."""
+    files = [folder / "config.json", *weight_files(folder)]
+    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
+
+
+def _is_of(checkpoint: Path, digest: str) -> bool:
+    """Whether the checkpoint is whole and was made from the source with this digest."""
+    if not checkpoint.is_dir():
+        return False
+    try:
+        return bool(verify_checkpoint(checkpoint)["state"].get("hf_digest") == digest)
+    except ArtifactError as error:
+        _log.warning("%s is made again: %s", checkpoint, error)
+        return False
+
+
+def _on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
+    """What `compute` returns on rank 0, on all ranks; what it raises there, all raise."""
+    answer: list[Any] = [None, None]
+    if topology.rank == 0:
+        try:
+            answer[0] = compute()
+        except TspinError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    value: Value = answer[0]
+    return value

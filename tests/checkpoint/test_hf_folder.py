@@ -1,0 +1,67 @@
+"""HF folders that cannot be used are refused by name, before any tensor is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_tspin.checkpoint.hf_folder import HFFolder, weight_files
+from megatron_tspin.errors import ArtifactError, InputError
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint("untied"), tmp_path / "hf"))
+
+
+def index(folder: Path, file: str) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+
+
+@pytest.mark.parametrize("name", ["../hf/weights.safetensors", "/etc/weights.safetensors", "sub/weights.safetensors"])
+def test_an_index_names_only_files_beside_it(folder, name):
+    index(folder, name)
+    with pytest.raises(InputError, match=r"weight_map names '.*'; only \*.safetensors files beside the index are read"):
+        HFFolder(folder)
+
+
+def test_an_index_names_only_files_that_are_there(folder):
+    index(folder, "gone.safetensors")
+    with pytest.raises(ArtifactError, match=r"gone.safetensors: no such file, but model.safetensors.index.json names"):
+        HFFolder(folder)
+
+
+def test_files_that_the_index_does_not_name_are_left_alone(folder):
+    index(folder, "weights.safetensors")
+    (folder / "consolidated.safetensors").write_bytes(b"other")
+    assert weight_files(folder) == [folder / "weights.safetensors"]
+    assert "lm_head.weight" in HFFolder(folder).names
+
+
+def test_a_pickle_is_not_opened(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, .* save the checkpoint as safetensors"):
+        HFFolder(folder)
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \*.safetensors file"):
+        HFFolder(folder)
+
+
+def test_a_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model.safetensors: not a whole safetensors file .*; download it again"):
+        HFFolder(folder)
+
+
+def test_a_tensor_in_two_files(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(ArtifactError, match=r"b.safetensors: tensor .* is in a.safetensors as well"):
+        HFFolder(folder)

@@ -1,0 +1,65 @@
+"""Answers of a tiny policy on ranks, under whatever layout and batch size, and by transformers as the judge."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from rank_pool import in_layout
+
+from megatron_tspin.config import ParallelSection
+
+EOS = 1
+NEW_TOKENS = 24
+
+
+def prompts_of(count: int, vocabulary: int = 101) -> list[list[int]]:
+    """Random prompts of 1 to 20 tokens."""
+    chance = random.Random(7)
+    return [[chance.randrange(3, vocabulary) for _ in range(chance.randint(1, 20))] for _ in range(count)]
+
+
+def load(folder: Path, layout: ParallelSection, topology: Any) -> Any:
+    """The HF checkpoint as this rank's part of the policy."""
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.config import TrainingSection
+    from megatron_tspin.models.hf_config import read_architecture
+    from megatron_tspin.models.provider import make_model_provider
+
+    provider = make_model_provider(read_architecture(folder), layout, TrainingSection())
+    model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+    load_hf(model, topology)
+    return model.eval()
+
+
+def answer(folder: Path, layout: ParallelSection, batch_size: int, settings: dict[str, Any]) -> list[Any]:
+    """On ranks: the answers to `prompts_of(13)`, as (ids, ended, log-probs, log-probs as scored afterwards)."""
+    from megatron_tspin.generation.engine import Engine
+    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+    from megatron_tspin.objective.scoring import score_pairs
+
+    decoding = Decoding(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS, **settings})
+    prompts = prompts_of(13)
+    uniforms = [keyed_uniforms(1, "test", str(index), NEW_TOKENS) for index in range(len(prompts))]
+    with in_layout(layout) as topology:
+        model = load(folder, layout, topology)
+        engine = Engine(model, topology, EOS)
+        answers = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            answers += engine.answer(prompts[part], uniforms[part], decoding)
+        scored = score_pairs(model, topology, [(p, a.ids) for p, a in zip(prompts, answers, strict=True)])
+        return [(a.ids, a.ended, a.log_probs, score) for a, score in zip(answers, scored, strict=True)]
+
+
+def greedy_by_transformers(folder: Path) -> list[list[int]]:
+    """The judge."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for prompt in prompts_of(13):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=EOS, pad_token_id=0)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
