@@ -195,3 +195,16 @@ def in_layout(layout: "ParallelSection") -> "Iterator[Topology]":
         yield build_topology(layout)
     finally:
         parallel_state.destroy_model_parallel()
+        _destroy_subgroups()
+
+
+def _destroy_subgroups() -> None:
+    """Each of megatron-core's gloo groups has a thread that never sleeps for long; thousands of them eat the cores."""
+    import gc
+
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
