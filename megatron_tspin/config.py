@@ -91,7 +91,7 @@ class OptimizerSection(Section):
     lr_warmup_fraction: float = setting(
         0.1, "--lr-warmup-fraction", "Share of an iteration's steps with a rising learning rate.", ge=0, lt=1
     )
-    weight_decay: float = setting(0.0, "--weight-decay", "Decoupled weight decay.", ge=0)
+    weight_decay: float = setting(0.0, "--weight-decay", "Decoupled weight decay; norms have none.", ge=0)
     clip_grad: float = setting(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.", ge=0)
     rmsprop_smoothing: float = setting(
         0.99, "--tspin-rmsprop-smoothing", "Decay of RMSProp's mean square (torch's `alpha`).", gt=0, lt=1
@@ -99,6 +99,15 @@ class OptimizerSection(Section):
     adam_beta1: float = setting(0.9, "--adam-beta1", "AdamW's first moment decay.", ge=0, lt=1)
     adam_beta2: float = setting(0.95, "--adam-beta2", "AdamW's second moment decay.", ge=0, lt=1)
     eps: float = setting(1e-8, "--adam-eps", "Added to the root of the mean square.", gt=0)
+
+    @model_validator(mode="after")
+    def _learning_rates_fall(self) -> "OptimizerSection":
+        peaks = self.lr_by_iteration or [self.lr]
+        if not all(0 < peak < float("inf") for peak in peaks):
+            raise ValueError(f"learning rates must be positive and finite, found {peaks}")
+        if self.min_lr > min(peaks):
+            raise ValueError(f"min_lr ({self.min_lr}) must not exceed the lowest peak learning rate ({min(peaks)})")
+        return self
 
     def peak_lr(self, iteration: int) -> float:
         """Peak learning rate of a self-play iteration."""

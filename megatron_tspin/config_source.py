@@ -115,10 +115,15 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
     tree = {} if path is None else read_yaml(path)
     for name, value in flags.items():
         *parents, leaf = name.split(".")
-        node = tree
+        node: Any = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
+            if node.get(parent) is None:  # absent, or a heading without settings
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                break  # refused below, as the file wrote it
+        else:
+            node[leaf] = value
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -150,8 +155,9 @@ def _explain(source: str, item: Any) -> str:
         hint = f"; did you mean `{close[0]}`?" if close else "; see `tspin run --help` for all settings"
         return f"{source}: unknown setting `{name}`{hint}"
     if item["type"] == "missing":
-        flag = next((leaf.flag for leaf in settings() if leaf.name == name), None)
-        return f"{source}: `{name}` is missing; set it in the file" + (f" or with {flag}" if flag else "")
+        required = [leaf for leaf in settings() if leaf.field.is_required()]
+        flags = [leaf.flag for leaf in required if leaf.flag and (leaf.name == name or leaf.path[0] == name)]
+        return f"{source}: `{name}` is missing; set it in the file" + (f" or with {', '.join(flags)}" if flags else "")
     message = item["msg"].removeprefix("Value error, ")
     if not name or item["type"] == "value_error":
         return f"{source}: {name + ': ' if name else ''}{message}"

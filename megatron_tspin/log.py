@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-_REFRESH_SECONDS_WITHOUT_TERMINAL = 10.0
+_TERMINAL_REFRESH_SECONDS = 0.5
+_LINE_SECONDS = 10.0
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -35,7 +36,7 @@ def set_up_logging(speak: bool = True) -> None:
 
 
 def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> Any:
-    """A bar with rate and time left; without a terminal it refreshes every ten seconds instead.
+    """A bar with rate and time left; without a terminal a line every ten seconds instead.
 
     Args:
         description: What is being done, e.g. "train iteration 1".
@@ -44,17 +45,32 @@ def progress_bar(description: str, total: int, unit: str, speak: bool = True, do
         speak: False draws nothing (ranks other than the first).
         done: Units that an earlier, interrupted process did.
     """
+    pause = _TERMINAL_REFRESH_SECONDS if sys.stderr.isatty() else _LINE_SECONDS
     return tqdm(
+        file=sys.stderr if sys.stderr.isatty() else _Lines(),
+        delay=0.0 if sys.stderr.isatty() else pause,
         desc=description,
         total=total,
         unit=unit,
         initial=done,
-        disable=not speak,
+        disable=not speak or done >= total,
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else _REFRESH_SECONDS_WITHOUT_TERMINAL,
+        mininterval=pause,
         leave=True,
         ascii=None if os.environ.get("LANG", "").upper().endswith("UTF-8") else True,
     )
+
+
+class _Lines:
+    """Stderr as tqdm sees it when that is a file: each state of the bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        """Writes a state of the bar; what only moves the cursor is left out."""
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        """Does nothing: stderr is not buffered by more than a line."""
 
 
 def track(items: Iterable[Item], description: str, total: int, unit: str, speak: bool = True) -> Iterator[Item]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import InputError
-from megatron_tspin.platform import backend, device, prepare_platform, seed_everything
+from megatron_tspin.platform import backend, prepare_platform, seed_everything
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -105,7 +105,7 @@ def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
 
 
 def leave_groups() -> None:
-    """Takes megatron-core's groups down, keeping torch.distributed only if it was up before."""
+    """Takes megatron-core's groups and torch.distributed down."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -125,11 +125,3 @@ def sum_over_replicas(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
     if topology.dp_size > 1:
         dist.all_reduce(tensor, group=topology.dp_group)
     return tensor
-
-
-def any_rank(flag: bool, topology: Topology) -> bool:
-    """Whether `flag` is true on at least one rank of the world."""
-    seen = torch.tensor([float(flag)], device=device())
-    if topology.world_size > 1:
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen.item())

@@ -2,7 +2,8 @@
 
 megatron-core 0.16 and 0.19 name CUDA in many places (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`, type
 names such as `torch.cuda.FloatTensor`). `prepare_platform` answers all of those with the CPU when no CUDA device
-is there, once per process, before megatron-core is imported. Nothing else in the project knows about the difference.
+is there, once per process, before megatron-core is first called; whether it has been imported by then does not matter.
+Nothing else in the project knows about the difference.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.utils._device import _device_constructors
 
 from megatron_tspin.errors import InputError
@@ -51,18 +53,20 @@ def prepare_platform(cpu_threads: int = 1) -> None:
     if has_cuda():
         _select_cuda_device()
     else:
-        # megatron-core decorates its fusions with torch.compile at import; eager is exact and starts faster.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # megatron-core decorates its fusions with torch.compile at import; eager is exact and starts faster. Dynamo
+        # reads TORCHDYNAMO_DISABLE when it is imported, which may have happened, and this setting at every call.
+        torch._dynamo.config.disable = True
         torch.set_num_threads(cpu_threads)
         _answer_cuda_with_cpu()
 
 
 def _select_cuda_device() -> None:
+    # megatron-core's overlap needs one queue; CUDA reads this when the device is first touched, below.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise InputError(f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core's overlap needs one queue
 
 
 def _answer_cuda_with_cpu() -> None:

@@ -138,8 +138,8 @@ def read_records(path: Path, kind: type[RecordType]) -> Iterator[RecordType]:
     """Reads a JSONL file that this project wrote.
 
     Raises:
-        InputError: The file is missing.
-        ArtifactError: A line is torn or has other fields; names file and line.
+        InputError: The file is missing, or a line is torn; names file and line.
+        ArtifactError: A line has other fields; names file and line.
     """
     for number, value in read_json_lines(path):
         try:

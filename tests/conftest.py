@@ -4,8 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from rank_pool import RankPool
 from tiny_checkpoint import write_checkpoint
+
+# Cores are shared with ranks and whatever else runs: a slow example is no failure.
+settings.register_profile("shared_cores", deadline=None)
+settings.load_profile("shared_cores")
 
 
 @pytest.fixture(scope="session")

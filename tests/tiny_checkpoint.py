@@ -19,6 +19,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
     "llama3_rope": {"rope_parameters": _ROPE},
     "mistral_window": {"sliding_window": 8},
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
 }
 
 

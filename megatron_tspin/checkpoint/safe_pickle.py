@@ -1,10 +1,12 @@
 """Reads the pickles of a torch_dist checkpoint without letting them run code.
 
 torch.distributed.checkpoint unpickles `.metadata` with Python's own unpickler, which calls whatever the file names.
-Within `restricted_metadata` it may only build the dataclasses that such metadata consists of. Everything else, the
-tensors and `common.pt`, torch reads with `weights_only=True`.
+Within `restricted_metadata` it may only build the dataclasses that such metadata consists of, and `torch.load` reads
+everything else with `weights_only=True`: metadata can declare any tensor to be a pickled object, which torch would open
+without that.
 """
 
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ import torch.distributed.checkpoint.filesystem as torch_filesystem
 
 from megatron_tspin.errors import ArtifactError
 
+# torch's own switches; both of them on would be refused.
+_FORCE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -61,7 +65,8 @@ def check_pickles(folder: Path) -> None:
     try:
         with (folder / ".metadata").open("rb") as stream:
             load(stream)
-        torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        if (folder / "common.pt").exists():  # megatron-core 0.19 keeps its contents among the tensors
+            torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except ArtifactError as error:
         raise ArtifactError(f"{folder / '.metadata'}: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -71,12 +76,18 @@ def check_pickles(folder: Path) -> None:
 
 @contextmanager
 def restricted_metadata() -> Iterator[None]:
-    """Within the block torch.distributed.checkpoint reads metadata through `load`."""
+    """Within the block torch.distributed.checkpoint reads metadata through `load` and objects as weights only."""
     module: Any = torch_filesystem
     original = module.pickle
     # The module's own name `pickle` is replaced, not the module it stands for: nobody else sees a difference.
     module.pickle = SimpleNamespace(load=load, dump=pickle.dump)
+    forced = {name: os.environ.get(name) for name in _FORCE}
+    os.environ.update(_FORCE)
     try:
         yield
     finally:
         module.pickle = original
+        for name, value in forced.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

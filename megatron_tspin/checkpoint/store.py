@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
@@ -122,8 +124,10 @@ def save_checkpoint(
     dist.barrier()
 
 
-def _reason(error: CheckpointException) -> str:
-    """The first rank's failure; torch raises the same on all ranks."""
+def _reason(error: BaseException) -> str:
+    """What went wrong; of torch's collection of all ranks' failures the first."""
+    if not isinstance(error, CheckpointException):
+        return str(error).splitlines()[0]
     rank, (cause, _) = min(error.failures.items())
     return f"rank {rank}: {type(cause).__name__}: {cause}"
 
@@ -176,7 +180,8 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, topology: Topology, op
     try:
         with restricted_metadata():
             loaded = dist_checkpointing.load(wanted, str(folder))
-    except CheckpointException as error:  # no Exception: it would pass every handler
+    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
+        # torch's CheckpointException is no Exception: it would pass every other handler.
         raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])

@@ -1,7 +1,6 @@
 """`tspin quickstart`: the embedded example, once per method, and their comparison."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,17 @@ writes  FOLDER/<method>, a run each, and FOLDER/report.html, which compares them
 
 example
   tspin quickstart --folder runs/quickstart --methods tspin sft"""
+
+_MEASURES = {
+    "objective": "objective",
+    "iterations": "iterations done",
+    "before": "accuracy (%), sampled, at the start",
+    "sampled": "accuracy (%), sampled",
+    "greedy": "accuracy (%), greedy",
+    "nll": "NLL per token of y",
+    "ended": "answers that end, sampled",
+    "hours": "time",
+}
 
 logger = get_logger(__name__)
 
@@ -106,15 +116,21 @@ def _compare(run_dirs: Sequence[Path], output: Path) -> None:
 
 
 def _print_table(run_dirs: Sequence[Path], console: Any) -> None:
+    """One column a run, so that it fits into 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    from megatron_tspin.report.headline import ComparedRun, compare_runs
+    from megatron_tspin.report.headline import compare_runs
     from megatron_tspin.report.run_data import load_run
 
     first, *others = [load_run(run_dir) for run_dir in run_dirs]
-    table = Table(title="Held-out examples", title_justify="left")
-    for field in dataclasses.fields(ComparedRun):
-        table.add_column(field.name)
-    for line in compare_runs(first, others):
-        table.add_row(*dataclasses.astuple(line))
+    compared = compare_runs(first, others)
+    table = Table(title="Held-out examples", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for run in compared:
+        table.add_column(run.name, justify="right")
+    for field, label in _MEASURES.items():
+        table.add_row(label, *(getattr(run, field) for run in compared))
+    table.add_row(f"sampled, against {first.name}", *(run.against for run in compared))
+    console.print()
     console.print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.errors import InputError
-from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, die_with_parent, free_port
+from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, die_with_parent
 from megatron_tspin.selfplay.lock import run_lock
 
 
@@ -35,7 +35,7 @@ def enter_ranks(layout: ParallelSection) -> None:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": "0",  # any free one: nobody else has to find it
     }
 
 

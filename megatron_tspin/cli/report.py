@@ -1,12 +1,14 @@
 """`tspin report`: what a run did, as one HTML file."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tspin.cli.arguments import command_parser
 from megatron_tspin.errors import EXIT_OK
 from megatron_tspin.log import get_logger
+from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
 
 if TYPE_CHECKING:
     from megatron_tspin.cli.arguments import Subparsers
@@ -40,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
 
     output = args.output or args.run_dir / "report.html"
     write_report(args.run_dir, args.compare, output)
-    logger.info("report: %s", output)
+    if LOG_FILE_VARIABLE not in os.environ:  # the driver says it itself
+        logger.info("report: %s", output)
     return EXIT_OK

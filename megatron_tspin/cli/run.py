@@ -43,4 +43,6 @@ def show_iterations(run_dir: Path) -> None:
     from megatron_tspin.report.run_data import load_run
     from megatron_tspin.report.tables import render_terminal
 
-    render_terminal(load_run(run_dir), Console(stderr=True))
+    console = Console(stderr=True)
+    console.print()
+    render_terminal(load_run(run_dir), console)

@@ -4,6 +4,7 @@ Prompts of a batch are padded on the left, so that all rows write the same slot 
 and position ids count from each row's own first token. Rows that ended leave the batch once half of it has.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tspin.errors import DivergenceError
 from megatron_tspin.generation.sampling import Decoding, choose
 from megatron_tspin.models.attention import KeyValueCache
 from megatron_tspin.models.policy import PolicyModel
@@ -55,6 +57,9 @@ class Engine:
 
         Returns:
             One answer a prompt, in order, on every rank of the replica.
+
+        Raises:
+            DivergenceError: A log-prob is not finite.
         """
         with torch.no_grad():
             longest = max(len(prompt) for prompt in prompts)
@@ -88,6 +93,8 @@ class Engine:
         if self._topology.pp_size > 1:
             dist.broadcast(result, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
         ids, values = result.tolist()
+        if not all(map(math.isfinite, values)):  # every rank has the same values, so that all of them stop
+            raise DivergenceError("the policy's log-probs are not finite: its weights hold NaN or infinity")
         return [int(token) for token in ids], values
 
     def _window(self) -> int | None:

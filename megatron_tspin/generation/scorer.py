@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ def load_scorer(name: str) -> Scorer:
 def _from_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise InputError(f"evaluation.scorer = {name!r}: {path} is not a file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"tspin_scorer_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -42,7 +44,7 @@ def _from_file(path: Path, name: str) -> Any:
 def _from_module(place: str, name: str) -> Any:
     try:
         return importlib.import_module(place)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two: no name, or a relative one
         raise InputError(f"evaluation.scorer = {name!r}: {error}") from error
 
 

@@ -4,6 +4,8 @@ A shard holds a fixed range of the prompts and is always generated in the same b
 which replica made it, nor on when. Shards are spread over DP.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +63,15 @@ class Request:
         """Everything that decides the bytes of the shards."""
         decoding = vars(self.decoding)
         return {**self.facts, **decoding, "seed": self.seed, "purpose": self.purpose,
-                "batch_size": self.batch_size, "shard_size": self.shard_size, "prompts": len(self.prompts)}  # fmt: skip
+                "batch_size": self.batch_size, "shard_size": self.shard_size,
+                "prompts": len(self.prompts), "prompts_sha256": self._fingerprint()}  # fmt: skip
+
+    def _fingerprint(self) -> str:
+        """Hex SHA-256 of the ids and tokens of all prompts."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(json.dumps([prompt.id, list(prompt.ids)]).encode())
+        return digest.hexdigest()
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -40,17 +40,18 @@ def rollout_run(config: Config, iteration: int) -> None:
     (y'), and as the initial policy answers them once more for the proto responses (y0).
     """
     folder = RunFolder(Path(config.run_dir))
+    evaluates = config.data.held_out is not None
+    last = iteration >= config.self_play.iterations
+    wanted = () if last else stored_roles(config.objective.method)
+    if not evaluates and "synthetic" not in wanted:
+        return
     with _player(config, None, iteration) as player:
-        if config.data.held_out is not None:
+        if evaluates:
             _evaluate(config, player, iteration, folder.evaluation(iteration))
-        if iteration >= config.self_play.iterations:
-            return
-        roles = stored_roles(config.objective.method)
-        if "proto" in roles and iteration == 0:
+        if "proto" in wanted and iteration == 0:
             _answer_training_prompts(player, folder, "proto", "proto", folder.proto, folder.data)
-        if "synthetic" in roles:
-            shards = folder.synthetic(iteration)
-            purpose = f"synthetic/{iteration}"
+        if "synthetic" in wanted:
+            shards, purpose = folder.synthetic(iteration), f"synthetic/{iteration}"
             _answer_training_prompts(player, folder, "synthetic", purpose, shards, folder.iteration(iteration))
 
 
@@ -135,7 +136,7 @@ def _read_prompts(path: Path) -> list[Example]:
     for number, value in read_json_lines(path):
         messages = value.get("messages")
         prompt = value.get("prompt")
-        if isinstance(messages, list) and messages:
+        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
             before = [message for message in messages if message.get("role") != "assistant"]
             prompt = "\n\n".join(str(message.get("content")) for message in before)
             messages = before

@@ -80,7 +80,7 @@ class _VocabularyParallelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
-        wide = logits.float()
+        wide = logits.float()  # fp32 logits are changed in place: `token_log_probs` is their only owner
         wide[:, shard.valid :] = -torch.inf
         largest = wide.max(dim=-1).values
         if shard.split():

@@ -92,6 +92,8 @@ def read_architecture(folder: Path) -> Architecture:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; model.hf_checkpoint must be a folder with config.json")
     config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
     problems = _problems(config)
     if problems:
         raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -103,7 +105,7 @@ def read_architecture(folder: Path) -> Architecture:
         ffn_hidden_size=int(config["intermediate_size"]),
         num_layers=int(config["num_hidden_layers"]),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        num_kv_heads=_num_kv_heads(config),
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         norm_eps=float(config["rms_norm_eps"]),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -121,6 +123,11 @@ def _problems(config: dict[str, Any]) -> list[str]:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "rms_norm_eps", "max_position_embeddings")  # fmt: skip
     found = [f"`{key}` is missing" for key in required if key not in config]
+    found += [
+        f"`{key}` = {config[key]!r} must be a number above 0"
+        for key in required
+        if key in config and not (type(config[key]) in (int, float) and config[key] > 0)
+    ]
     found += [
         f"`{key}` = {value!r} is not understood, so the computation might differ; remove the key if it is unused"
         for key, value in config.items()
@@ -148,6 +155,12 @@ def _sliding_window(config: dict[str, Any]) -> int | None:
     """Keys that a query sees, itself included; HF's Mistral has 4096 where the config is silent."""
     window: int | None = config.get("sliding_window", 4096) if config["model_type"] == "mistral" else None
     return window
+
+
+def _num_kv_heads(config: dict[str, Any]) -> int:
+    """As many as heads where the config has none; HF's Mistral has 8 where the config is silent."""
+    silent = 8 if config["model_type"] == "mistral" else None
+    return int(config.get("num_key_value_heads", silent) or config["num_attention_heads"])
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:

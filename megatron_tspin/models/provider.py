@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,7 +79,7 @@ def make_model_provider(
     config = transformer_config(architecture, parallel, training, rotary.attention_factor)
 
     def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> PolicyModel:
-        return PolicyModel(
+        policy = PolicyModel(
             architecture,
             rotary,
             config=config,
@@ -86,8 +88,22 @@ def make_model_provider(
             post_process=post_process,
             vp_stage=vp_stage,
         )
+        _mark_shards(policy)
+        return policy
 
     return model_provider
+
+
+def _mark_shards(policy: PolicyModel) -> None:
+    """Tells which parameters TP splits; megatron-core does it only while it initialises them.
+
+    Without the mark they count as replicas, and the gradient norm leaves out all TP ranks but the first.
+    """
+    split_dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in policy.modules():
+        dimension = split_dimension.get(type(module))
+        if dimension is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

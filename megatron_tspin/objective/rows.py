@@ -4,6 +4,7 @@ A micro-batch also says which positions predict which response token (`ResponseT
 and shares prompts fills the same interface.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ def row_length(pairs: Sequence[Pair], multiple: int = 1) -> int:
         multiple: What the layout needs lengths to be a multiple of (TP under sequence parallelism).
     """
     longest = max(len(prompt) + len(response) - 1 for prompt, response in pairs)
-    unit = max(multiple, _LENGTH_MULTIPLE)
-    return -(-longest // unit) * unit
+    unit = math.lcm(multiple, _LENGTH_MULTIPLE)
+    return max(-(-longest // unit), 1) * unit
 
 
 def pad_rows(pairs: Sequence[Pair], num_rows: int, length: int) -> Rows:

@@ -84,7 +84,8 @@ def render_terminal(run: RunData, console: Console) -> None:
     rows = iteration_rows(run)
     room = max(2, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH)
     shown = rows if len(rows) <= room else [rows[0], *rows[1 - room :]]
-    title = Text(f"{run.name} ({run.config.objective.method})", style="bold")
+    method = run.config.objective.method
+    title = Text(method if run.name == method else f"{run.name} ({method})", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for row in shown:

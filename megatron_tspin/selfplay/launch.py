@@ -4,7 +4,6 @@ import ctypes
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,24 +26,28 @@ def command(stage: Stage) -> list[str]:
     program = ["-m", "megatron_tspin", *stage.arguments]
     if stage.world_size == 1:
         return [sys.executable, *program]
-    return [sys.executable, "-m", "torch.distributed.run", *_torchrun_options(stage.world_size, free_port()), *program]
+    return [sys.executable, "-m", "torch.distributed.run", *_torchrun_options(stage.world_size), *program]
 
 
-def _torchrun_options(world_size: int, port: int) -> list[str]:
-    return ["--nproc-per-node", str(world_size), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+def _torchrun_options(world_size: int) -> list[str]:
+    """Leaves the port to torchrun, which opens it: one that was free a moment ago may be taken by then."""
+    return ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(world_size)]
 
 
 def shown(argv: list[str]) -> str:
-    """A command line for people: they can paste it into a shell."""
-    return shlex.join(argv)
+    """A command line for people: short, and they can paste it into a shell in this folder."""
+    words = [_from_here(word) for word in argv]
+    if "megatron_tspin" in words:
+        start = words.index("megatron_tspin")
+        several = "torch.distributed.run" in words
+        words = ["torchrun", *words[3 : start + 1]] * several + ["tspin"] * (not several) + words[start + 1 :]
+    return shlex.join(words)
 
 
-def free_port() -> int:
-    """A TCP port of this host that nobody uses at this moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _from_here(word: str) -> str:
+    """A path below the working folder without that folder; anything else as it is."""
+    path = Path(word)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else word
 
 
 def environment(config: Config, log_file: Path) -> dict[str, str]:

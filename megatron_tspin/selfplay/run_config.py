@@ -1,4 +1,4 @@
-"""run.yaml: the resolved config of a run, written once."""
+"""run.yaml: the resolved config of a run, which does not change once a stage is done."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +37,13 @@ def _change(section: dict[str, Any], name: str, change: Callable[[str], str]) ->
 
 
 def check_same_config(config: Config) -> None:
-    """Refuses to continue a run with other settings than it began with.
+    """Refuses to continue a run with other settings than it began with. Until a stage is done they may still change.
 
     Raises:
         InputError: run.yaml differs; one line for each setting.
     """
     path = RunFolder(Path(config.run_dir)).config
-    if not path.exists():
+    if not path.exists() or not _has_done_a_stage(path.parent):
         return
     old, new = load_config(path, {}).model_dump(), config.model_dump()
     changed = [
@@ -65,8 +65,12 @@ def _leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def write_config(config: Config) -> None:
-    """Writes run.yaml if the run has none yet."""
+    """Writes run.yaml, once and for all as soon as a stage is done: markers hold its digest."""
     check_same_config(config)
     path = RunFolder(Path(config.run_dir)).config
-    if not path.exists():
+    if not path.exists() or not _has_done_a_stage(path.parent):
         write_text(path, dump_config(config))
+
+
+def _has_done_a_stage(run_dir: Path) -> bool:
+    return any((run_dir / "stages").glob("*.json"))

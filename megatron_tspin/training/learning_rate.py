@@ -16,7 +16,8 @@ def learning_rate(step: int, num_steps: int, peak: float, settings: OptimizerSec
         peak: Learning rate at the end of the warm-up.
         settings: Shape of the schedule.
     """
-    warmup = math.ceil(settings.lr_warmup_fraction * num_steps)
+    # Rounded first: 0.1 * 70 is 7.000000000000001 in floating point.
+    warmup = math.ceil(round(settings.lr_warmup_fraction * num_steps, 9))
     if step < warmup:
         return peak * (step + 1) / warmup
     if settings.lr_decay_style == "constant":

@@ -5,10 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_tspin.errors import InputError
+from megatron_tspin.log import get_logger
 from megatron_tspin.objective.forward import SUMMED
 from megatron_tspin.objective.roles import ROLES
-from megatron_tspin.records import StepMetrics, read_json_lines
+from megatron_tspin.records import StepMetrics, read_records
 from megatron_tspin.storage import write_text
+
+_log = get_logger(__name__)
 
 _PAIR_METRICS = ("current_advantage", "current_margin", "active_share", "mean_slope", "identical_share")
 
@@ -71,13 +75,16 @@ class MetricsWriter:
 
 
 def _lines_up_to(path: Path, done: int) -> list[str]:
-    """The lines of the first `done` steps. Lines come in order, so a torn last one belongs to a later step."""
+    """The lines of the first `done` steps, up to the first one that a power failure tore."""
     lines: list[str] = []
-    if path.is_file() and done:
-        for _, value in read_json_lines(path):
-            if value["step"] > done:
+    if not path.is_file():
+        return lines
+    try:
+        for record in read_records(path, StepMetrics):
+            if record.step > done:
                 break
-            lines.append(StepMetrics.model_validate(value).line())
-            if value["step"] == done:
-                break
+            lines.append(record.line())
+    except InputError as error:
+        if len(lines) < done:  # a torn line of a later step is what a kill leaves behind
+            _log.warning("%s; the metrics of steps %d to %d are lost", error, len(lines) + 1, done)
     return lines

@@ -74,8 +74,11 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, [model])
-    if is_rmsprop:
-        for part in optimizer.chained_optimizers:
+    for part in optimizer.chained_optimizers:
+        for group in part.param_groups:
+            # Megatron-LM's scheduler applies this factor, which is 0 for norms; there is no scheduler here.
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        if is_rmsprop:
             _step_as_rmsprop(part.optimizer)
     return optimizer
 

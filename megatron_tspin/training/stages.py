@@ -114,7 +114,9 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
 def _reference(path: Path, model: PolicyModel, topology: Topology, source: TripletSource) -> list[dict[str, float]]:
     """Returns log pi_t of every response, computed once, by the policy that the iteration starts from."""
     triplets = source.all()
-    if not path.is_file():
+    missing = not path.is_file()
+    dist.barrier()  # every rank has looked before any rank writes
+    if missing:
         roles = list(triplets[0].responses)
         pairs = [pair for triplet in triplets for pair in triplet.pairs()]
         scores = score_pairs(model, topology, pairs, description="reference log-probs")

@@ -249,6 +249,27 @@ def test_a_pickle_with_a_fitting_manifest_runs_nothing(ranks, tiny_checkpoint, c
     assert not (tmp_path / "was_run").exists()
 
 
+def open_as_object(content: bytes) -> str:
+    """What torch's planner does with a tensor that the metadata declares to be an object."""
+    import io
+
+    import torch
+
+    from megatron_tspin.checkpoint.safe_pickle import restricted_metadata
+
+    before = dict(os.environ)
+    with restricted_metadata(), pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(io.BytesIO(content), weights_only=False)
+    assert dict(os.environ) == before
+    return str(caught.value)
+
+
+def test_an_object_among_the_tensors_runs_nothing(ranks, tmp_path):
+    content = pickle.dumps(Touch(tmp_path / "was_run"), protocol=2)
+    (message,) = ranks(1).run(open_as_object, content)
+    assert "posix.mkdir" in message and not (tmp_path / "was_run").exists()
+
+
 def test_a_manifest_names_only_files_beside_it(checkpoints, tmp_path):
     folder = checkpoints / "step_00000010"
     (tmp_path / "outside").write_text("x")

@@ -135,7 +135,9 @@ def wait_for(condition: Callable[[], bool], what: Callable[[], str], seconds: fl
 def kill_once(kill: Kill, config: Path, run_dir: Path, processes: Processes, paused: Path, log: Path) -> None:
     """Starts the run, kills driver and stage where `kill` says, and sees that nothing is left of them."""
     paused.unlink(missing_ok=True)
-    driver = processes.start(config, log, TSPIN_TEST_PAUSE_AT=f"{run_dir.name}/{kill.before}", TSPIN_TEST_PAUSED=str(paused))
+    driver = processes.start(
+        config, log, TSPIN_TEST_PAUSE_AT=f"{run_dir.name}/{kill.before}", TSPIN_TEST_PAUSED=str(paused)
+    )
     try:
         wait_for(lambda: paused.exists() or driver.poll() is not None, lambda: f"never came to {kill}")
         assert driver.poll() is None, f"ended before it came to {kill}:\n{log.read_text()}"

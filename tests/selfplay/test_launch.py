@@ -44,3 +44,18 @@ def test_the_first_failure_counts(tmp_path: Path) -> None:
     clear_failure(log_file)
     assert read_failure(log_file) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_are_shown_short(
+    config_of: Callable[..., Config], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    one, several = (
+        next(stage for stage in plan(config_of(parallel__tensor_model_parallel_size=size)) if stage.name == "train_001")
+        for size in (1, 2)
+    )
+    words = "train --config run/run.yaml --iteration 1"
+    assert launch.shown(launch.command(one)) == f"tspin {words}"
+    assert launch.shown(launch.command(several)) == (
+        f"torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_tspin {words}"
+    )

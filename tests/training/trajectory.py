@@ -66,7 +66,7 @@ def for_method(triplets: list[Any], roles: tuple[str, ...], with_reference: bool
 
 
 def train(config: Config, export: Path, stop_after: int | None = None) -> list[float]:
-    """On ranks: trains NUM_STEPS steps, exports the weights, returns the losses.
+    """On ranks: trains NUM_STEPS steps, exports the weights, returns loss and gradient norm of each step.
 
     With `stop_after`, everything is saved after that many steps and a new trainer goes on from the files.
     """
@@ -126,7 +126,8 @@ def _steps(trainer: Any, config: Config, until: int) -> list[float]:
     losses = []
     while trainer.done < until:
         batch = for_method(triplets_of(trainer.done), trainer.roles, has_reference(config.objective.method))
-        losses.append(trainer.train_step(batch).loss)
+        metrics = trainer.train_step(batch)
+        losses += [metrics.loss, metrics.grad_norm]  # RMSProp hides a wrong norm: it does not feel the clipping
     return losses
 
 
@@ -156,10 +157,10 @@ def train_plainly(config: Config) -> tuple[list[float], dict[str, Any]]:
         loss = sum(plain_loss(config, model, triplet) for triplet in triplets) / len(triplets)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         optimizer.param_groups[0]["lr"] = learning_rate(step, NUM_STEPS, settings.lr, settings)
         optimizer.step()
-        losses.append(loss.item())
+        losses += [loss.item(), norm.item()]
     return losses, {name: value.detach() for name, value in model.named_parameters()}
 
 

@@ -1,0 +1,51 @@
+"""Small runs through the real command line, made in the background, two at a time."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from end_to_end.small_run import succeed, tree_of, write_config, write_data
+
+TP1: dict[str, Any] = {}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"parallel__tensor_model_parallel_size": 2},
+    "pp2": {"parallel__pipeline_model_parallel_size": 2},
+    # Trains as two replicas, generates as one policy split over two ranks.
+    "dp2": {
+        "parallel__data_parallel_size": 2,
+        "parallel__use_distributed_optimizer": True,
+        "generation__data_parallel_size": 1,
+        "generation__tensor_model_parallel_size": 2,
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    method: {"objective__method": method, "evaluation__greedy": False} for method in ("spin", "tspin_ref", "sft")
+}
+SETTINGS = {"tp1": TP1, **LAYOUTS, **METHODS}
+
+
+class Runs:
+    """`runs[name]` is the folder of a finished run; all are started with the first that is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=2)
+        self._made: dict[str, Future[Path]] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        if not self._made:
+            write_data(self.folder)
+            self._made = {each: self._pool.submit(self._make, each) for each in SETTINGS}
+        return self._made[name].result()
+
+    def config(self, name: str) -> Path:
+        return self.folder / f"{name}.yaml"
+
+    def _make(self, name: str) -> Path:
+        run_dir = self.folder / name
+        write_config(self.config(name), tree_of(self.folder, run_dir, **SETTINGS[name]))
+        succeed("run", "--config", self.config(name))
+        return run_dir
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,139 @@
+"""Shards: only what is missing is generated, and only what belongs together is read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import in_layout
+
+from megatron_tspin.config import ParallelSection
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+from megatron_tspin.generation.shards import Prompt, Request, read_shards, shard_path
+
+COUNT = 7
+
+
+def request(**changes: Any) -> Request:
+    decoding = Decoding(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
+    prompts = [Prompt(f"p{i}", [3 + i] * (1 + (5 * i) % 7)) for i in range(COUNT)]
+    first = Request(prompts, decoding, 1, "synthetic/0", batch_size=2, shard_size=3, facts={"checkpoint_sha256": "c1"})
+    return replace(first, **changes)
+
+
+class Echo:
+    """An engine whose answer is the prompt and the first random number; it counts its prompts."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def answer(self, prompts: Any, uniforms: Any, decoding: Decoding) -> list[Any]:
+        from megatron_tspin.generation.engine import Answer
+
+        self.asked += [list(prompt) for prompt in prompts]
+        return [Answer([*p, 1], [-float(u[0])] * (len(p) + 1), True) for p, u in zip(prompts, uniforms, strict=True)]
+
+
+class Letters:
+    """A tokenizer that can only decode."""
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+def generate(what: Request, folder: Path, layout: ParallelSection) -> Any:
+    from megatron_tspin.generation.shards import generate_shards
+
+    with in_layout(layout) as topology:
+        engine: Any = Echo()
+        tokenizer: Any = Letters()
+        found = generate_shards(what, engine, topology, tokenizer, folder)
+        return [response.model_dump() for response in found], engine.asked
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"data_parallel_size": 2}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ids=str,
+)
+def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ranks: Any, tmp_path: Path) -> None:
+    parallel = ParallelSection(**layout)
+    found = ranks(parallel.world_size).run(generate, request(), tmp_path / "s", parallel)
+    expected = [
+        {
+            "id": prompt.id,
+            "response_ids": [*prompt.ids, 1],
+            "token_log_probs": [-float(keyed_uniforms(1, "synthetic/0", prompt.id, 1)[0])] * (len(prompt.ids) + 1),
+            "ended": True,
+            "text": " ".join(map(str, [*prompt.ids, 1])),
+        }
+        for prompt in request().prompts
+    ]
+    assert all(answers == expected for answers, _ in found)
+    assert sorted(contents(tmp_path / "s")) == [
+        "settings.json", "shard_00000.jsonl", "shard_00001.jsonl", "shard_00002.jsonl",
+    ]  # fmt: skip
+
+
+def test_only_the_missing_shard_is_made_again_to_the_same_bytes(ranks: Any, tmp_path: Path) -> None:
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    before = contents(tmp_path)
+    shard_path(tmp_path, 1).unlink()
+    found = ranks(2).run(generate, request(), tmp_path, ParallelSection(data_parallel_size=2))
+    assert contents(tmp_path) == before
+    asked = [prompt for _, prompts in found for prompt in prompts]
+    assert sorted(asked) == sorted(list(prompt.ids) for prompt in request().prompts[3:6])
+    assert ranks(1).run(generate, request(), tmp_path, ParallelSection())[0][1] == []
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"seed": 2}, "seed was 1, now 2"),
+    ({"purpose": "proto"}, "purpose was 'synthetic/0', now 'proto'"),
+    ({"batch_size": 4}, "batch_size was 2, now 4"),
+    ({"facts": {"checkpoint_sha256": "c2"}}, "checkpoint_sha256 was 'c1', now 'c2'"),
+    ({"decoding": Decoding(0.5, 1.0, 0, 4)}, "temperature was 1.0, now 0.5"),
+    ({"prompts": [Prompt(f"p{i}", [4]) for i in range(COUNT)]}, "prompts_sha256 was"),
+    ({"prompts": [Prompt("p0", [4])]}, "prompts was 7, now 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=[next(iter(change)) for change, _ in CHANGES])
+def test_answers_made_otherwise_are_refused(change: dict[str, Any], message: str, ranks: Any, tmp_path: Path) -> None:
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    before = contents(tmp_path)
+    with pytest.raises(ArtifactError) as caught:
+        ranks(1).run(generate, request(**change), tmp_path, ParallelSection())
+    assert message in str(caught.value) and f"{tmp_path}: holds answers made with other settings" in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_torn_shard_is_refused_by_name(ranks: Any, tmp_path: Path) -> None:
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    path = shard_path(tmp_path, 1)
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with pytest.raises(InputError, match=r"shard_00001.jsonl:3: not valid JSON"):
+        read_shards(request(), tmp_path)
+    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    with pytest.raises(ArtifactError, match=r"shard_00001.jsonl: its answers are not those to this run's prompts"):
+        read_shards(request(), tmp_path)
+    path.write_text(json.dumps({**json.loads(whole.splitlines()[0]), "ended": "perhaps"}) + "\n")
+    with pytest.raises(ArtifactError, match=r"shard_00001.jsonl:1: field `ended`"):
+        read_shards(request(), tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"shard_00001.jsonl: no such file"):
+        read_shards(request(), tmp_path)
+
+
+def test_prompts_are_bound_by_id_and_tokens() -> None:
+    prompts = request().prompts
+    renamed = [Prompt("other", prompts[0].ids), *prompts[1:]]
+    moved = [prompts[1], prompts[0], *prompts[2:]]
+    fingerprints = {request(prompts=each).settings()["prompts_sha256"] for each in (prompts, renamed, moved)}
+    assert len(fingerprints) == 3

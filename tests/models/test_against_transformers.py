@@ -1,0 +1,77 @@
+"""The policy's log-probs are those of transformers, for every rope type and whatever the shape of the work."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import in_layout
+
+from megatron_tspin.config import ParallelSection, TrainingSection
+
+
+def pairs_of(count: int, longest: int = 70) -> list[tuple[list[int], list[int]]]:
+    chance = random.Random(5)
+    ids = [[chance.randrange(3, 101) for _ in range(longest)] for _ in range(count)]
+    cuts = [(chance.randint(1, longest - 2), chance.randint(2, longest)) for _ in ids]
+    return [(row[:cut], row[cut : max(cut + 1, end)]) for row, (cut, end) in zip(ids, cuts, strict=True)]
+
+
+def score(folder: Path, layout: ParallelSection, pairs: Any, rows_per_batch: int, bf16: bool = False) -> list[float]:
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.models.hf_config import read_architecture
+    from megatron_tspin.models.provider import make_model_provider
+    from megatron_tspin.objective.scoring import score_pairs
+
+    with in_layout(layout) as topology:
+        provider = make_model_provider(read_architecture(folder), layout, TrainingSection(bf16=bf16))
+        model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+        load_hf(model, topology)
+        return score_pairs(model, topology, pairs, rows_per_batch)
+
+
+def judge(folder: Path, pairs: Any) -> list[float]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    with torch.no_grad():
+        for prompt, response in pairs:
+            log_probs = torch.log_softmax(model(torch.tensor([[*prompt, *response]])).logits[0].double(), dim=-1)
+            found.append(log_probs[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None]).sum().item())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["linear_rope", "yarn", "llama3_rope", "mistral_window"])
+def test_rope_types(kind: str, ranks: Any, tiny_checkpoint: Any) -> None:
+    folder, pairs = tiny_checkpoint(kind), pairs_of(5)
+    assert max(len(prompt) + len(response) for prompt, response in pairs) > 40, "beyond the original positions"
+    found = ranks(1).run(score, folder, ParallelSection(), pairs, 3)[0]
+    assert found == pytest.approx(judge(folder, pairs), rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "count", "rows_per_batch"),
+    [
+        ({"data_parallel_size": 2}, 1, 1),  # one chunk for two replicas
+        ({"data_parallel_size": 2}, 9, 1),  # three chunks for two replicas
+        ({"pipeline_model_parallel_size": 2}, 1, 3),  # fewer micro-batches than stages
+        ({"pipeline_model_parallel_size": 2}, 9, 1),
+        ({"tensor_model_parallel_size": 2}, 5, 2),
+    ],
+)
+def test_scoring_of_few_and_many(
+    layout: dict[str, int], count: int, rows_per_batch: int, ranks: Any, tiny_checkpoint: Any
+) -> None:
+    folder, pairs = tiny_checkpoint("tied"), pairs_of(count, 20)
+    found = ranks(2).run(score, folder, ParallelSection(**layout), pairs, rows_per_batch)
+    assert found[0] == pytest.approx(judge(folder, pairs), rel=2e-6)
+    assert found[1] == found[0]
+
+
+def test_bf16_is_near(ranks: Any, tiny_checkpoint: Any) -> None:
+    folder, pairs = tiny_checkpoint("tied"), pairs_of(4, 20)
+    found, expected = ranks(1).run(score, folder, ParallelSection(), pairs, 2, True)[0], judge(folder, pairs)
+    assert found != pytest.approx(expected, rel=1e-6), "it was not computed in bf16"
+    assert found == pytest.approx(expected, rel=0.03)

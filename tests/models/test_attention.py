@@ -1,0 +1,89 @@
+"""Core attention against the softmax written out, with groups, windows and the key-value cache."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tspin.models.attention import CausalAttention, KeyValueCache, RMSNorm, window_mask
+
+HEADS, DIM = 4, 8
+
+
+def attention(window: int | None = None, scale: float | None = None) -> CausalAttention:
+    return CausalAttention(SimpleNamespace(kv_channels=DIM, sliding_window_keys=window), 1, softmax_scale=scale)
+
+
+def tensors(length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length + groups)
+    query, key, value = (torch.randn(length, 2, n, DIM, generator=generator) for n in (HEADS, groups, groups))
+    return query, key, value
+
+
+def written_out(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
+) -> torch.Tensor:
+    length, batch = query.shape[:2]
+    out = torch.zeros(length, batch, HEADS, DIM)
+    for i in range(length):
+        first = 0 if window is None else max(0, i - window + 1)
+        for head in range(HEADS):
+            group = head // (HEADS // key.shape[2])
+            for row in range(batch):
+                keys = key[first : i + 1, row, group]
+                weights = torch.softmax(scale * keys @ query[i, row, head], dim=0)
+                out[i, row, head] = weights @ value[first : i + 1, row, group]
+    return out.reshape(length, batch, -1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 50])
+def test_rows_are_causal(window: int | None, groups: int) -> None:
+    query, key, value = tensors(7, groups)
+    found = attention(window)(query, key, value)
+    assert torch.allclose(found, written_out(query, key, value, window, DIM**-0.5), atol=1e-6)
+
+
+def test_scale_is_the_configured_one() -> None:
+    query, key, value = tensors(4, 2)
+    assert torch.allclose(attention(None, 0.9)(query, key, value), written_out(query, key, value, None, 0.9), atol=1e-6)
+
+
+def test_cache_gives_what_one_pass_gives() -> None:
+    query, key, value = tensors(6, 2)
+    whole = attention()(query, key, value)
+    cached = attention()
+    cached.cache = KeyValueCache(8)
+    parts = []
+    for start, end in ((0, 4), (4, 5), (5, 6)):
+        mask = (torch.arange(end)[None, :] <= torch.arange(start, end)[:, None])[None, None]
+        parts.append(cached(query[start:end], key[start:end], value[start:end], mask))
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+    cached.cache.keep_rows(torch.tensor([1]))
+    keys, _ = cached.cache.append(key[:1, 1:], value[:1, 1:])
+    assert keys.shape == (7, 1, 2, DIM) and keys[:6].equal(key[:, 1:])
+
+
+def test_window_mask() -> None:
+    assert window_mask(4, 2, torch.device("cpu"))[0, 0].int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    ours: Any = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=True), 16, eps=1e-3)
+    theirs = LlamaRMSNorm(16, eps=1e-3).to(dtype)
+    weight = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    hidden = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(weight)
+        theirs.weight.copy_(weight)
+    assert ours(hidden).equal(theirs(hidden))
+    assert ours.weight.sequence_parallel is True

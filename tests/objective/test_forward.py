@@ -1,0 +1,132 @@
+"""What `loss_func` hands to megatron-core and to the metrics, with `teaching` as the judge of a step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tspin.config import ObjectiveSection
+from megatron_tspin.objective.batches import MicroBatch, Triplet, plan_micro_batches
+from megatron_tspin.objective.forward import SUMMED, loss_func
+from megatron_tspin.objective.losses import ACTIVE_MARGIN
+from megatron_tspin.objective.roles import ROLES
+
+DIFFERENT = {"annotated": [3, 4], "synthetic": [5], "proto": [6, 7, 8]}
+IDENTICAL = {"annotated": [3, 4], "synthetic": [3, 4], "proto": [6, 7, 8]}
+ALL_ALIKE = {"annotated": [3, 4], "synthetic": [3, 4], "proto": [3, 4]}
+STALLED = {"annotated": [3, 4], "synthetic": [9], "proto": [9]}
+
+
+def micro_batch(responses: list[dict[str, list[int]]], roles: tuple[str, ...], **facts: Any) -> MicroBatch:
+    triplets = [
+        Triplet(str(i), [1, 2], {role: each[role] for role in roles}, **facts) for i, each in enumerate(responses)
+    ]
+    return plan_micro_batches(triplets, roles, len(triplets), 0, 1, 1)[0][0]
+
+
+def sums_of(objective: ObjectiveSection, beta: float, batch: MicroBatch, rows: list[list[float]]) -> dict[str, float]:
+    return dict(zip(SUMMED, loss_func(batch, objective, beta, torch.tensor(rows).flatten())[2].tolist(), strict=True))
+
+
+def test_sums() -> None:
+    objective, log_probs = ObjectiveSection(alpha=0.5), [[-3.0, -5.0, -4.0], [-2.0, -16.0, -8.0]]
+    batch = micro_batch([DIFFERENT, STALLED], ROLES)
+    flat = torch.tensor(log_probs).flatten().requires_grad_()
+    loss, count, sums = loss_func(batch, objective, 0.1, flat)
+    found = dict(zip(SUMMED, sums.tolist(), strict=True))
+    u, v = torch.tensor([1.0, 7.0]), torch.tensor([-0.5, -4.0])
+    expected_loss = (torch.nn.functional.softplus(-u) + 0.1 * torch.nn.functional.softplus(-v)).sum().item()
+    assert loss.item() == pytest.approx(expected_loss) and loss.requires_grad
+    assert count.item() == 2 and count.dtype == torch.int
+    assert sums.dtype == torch.float64 and not sums.requires_grad
+    assert found == pytest.approx(
+        {
+            "num_triplets": 2,
+            "loss": expected_loss,
+            "log_prob_annotated": -5.0,
+            "log_prob_synthetic": -21.0,
+            "log_prob_proto": -12.0,
+            "reward_annotated": -2.5,
+            "reward_synthetic": -10.5,
+            "reward_proto": -6.0,
+            "tokens_annotated": 4,
+            "tokens_synthetic": 2,
+            "tokens_proto": 4,
+            "current_advantage": 16.0,
+            "historical_advantage": -9.0,
+            "current_margin": 8.0,
+            "active_share": 1,
+            "mean_slope": torch.sigmoid(-u).sum().item(),
+            "identical_share": 0,
+            "teaching": 1,
+            "tokens": 2 * 6 + 4 + 2 + 4,
+        }
+    )
+
+
+def test_sums_of_a_method_with_a_reference() -> None:
+    reference = {"annotated": -1.0, "synthetic": -2.0}
+    batch = micro_batch([DIFFERENT], ROLES[:2], reference=reference)
+    found = sums_of(ObjectiveSection(method="spin", spin_lambda=0.25), 0.0, batch, [[-3.0, -8.0]])
+    assert found["reward_annotated"] == -0.5 and found["reward_synthetic"] == -1.5
+    assert found["current_advantage"] == 4.0 and found["current_margin"] == 1.0
+    assert found["log_prob_proto"] == found["reward_proto"] == found["historical_advantage"] == 0.0
+
+
+def test_sums_of_sft() -> None:
+    found = sums_of(ObjectiveSection(method="sft"), 0.0, micro_batch([DIFFERENT] * 2, ROLES[:1]), [[-3.0], [-4.0]])
+    assert found["loss"] == 7.0 and found["teaching"] == 2 and found["tokens_annotated"] == 4
+    assert found["current_margin"] == found["active_share"] == found["identical_share"] == 0
+
+
+ACTIVE, SATURATED = [-3.0, -5.0, -7.0], [-3.0, -30.0, -90.0]
+ONLY_HISTORICAL = [-3.0, -30.0, -30.0]
+
+
+@pytest.mark.parametrize(
+    ("responses", "beta", "log_probs", "teaching"),
+    [
+        (DIFFERENT, 0.0, ACTIVE, 1),
+        (IDENTICAL, 0.0, [-3.0, -3.0, -5.0], 0),
+        (DIFFERENT, 0.0, SATURATED, 0),
+        (DIFFERENT, 0.1, SATURATED, 0),
+        (DIFFERENT, 0.1, ONLY_HISTORICAL, 1),
+        (DIFFERENT, 0.0, ONLY_HISTORICAL, 0),
+        (IDENTICAL, 0.1, [-3.0, -3.0, -5.0], 1),
+        (IDENTICAL, 0.1, [-3.0, -3.0, -50.0], 0),
+        (ALL_ALIKE, 0.1, [-3.0, -3.0, -3.0], 0),
+        (STALLED, 0.1, ONLY_HISTORICAL, 0),
+        (DIFFERENT, 0.0, [-3.0, 2.0 - ACTIVE_MARGIN - 5.0, 0.0], 1),  # exactly at the limit
+    ],
+)
+def test_what_teaches(responses: dict[str, list[int]], beta: float, log_probs: list[float], teaching: int) -> None:
+    roles = ROLES if beta else ROLES[:2]
+    found = sums_of(ObjectiveSection(alpha=1.0), beta, micro_batch([responses], roles), [log_probs[: len(roles)]])
+    assert found["teaching"] == teaching
+
+
+@pytest.mark.parametrize(("responses", "log_probs"), [(IDENTICAL, [-3.0, -3.0]), (DIFFERENT, SATURATED[:2])])
+def test_what_does_not_teach_has_next_to_no_gradient(responses: Any, log_probs: list[float]) -> None:
+    flat = torch.tensor(log_probs, requires_grad=True)
+    loss_func(micro_batch([responses], ROLES[:2]), ObjectiveSection(alpha=1.0), 0.0, flat)[0].backward()
+    assert flat.grad is not None
+    # An identical pair has opposite gradients at the same log-prob, which cancel in the policy.
+    assert abs(flat.grad.sum().item()) < 1e-6
+    assert responses is IDENTICAL or flat.grad.abs().max() < 0.007
+
+
+def test_an_nll_term_always_teaches() -> None:
+    batch = micro_batch([IDENTICAL], ROLES[:2])
+    assert sums_of(ObjectiveSection(nll_weight=0.1), 0.0, batch, [[-3.0, -3.0]])["teaching"] == 1
+
+
+def test_a_divergent_log_prob_reaches_the_sums() -> None:
+    found = sums_of(ObjectiveSection(), 0.0, micro_batch([DIFFERENT], ROLES[:2]), [[float("nan"), -1.0]])
+    assert found["loss"] != found["loss"] and found["teaching"] == 0
+
+
+def test_an_empty_micro_batch_adds_nothing() -> None:
+    triplet = Triplet("a", [1], {role: [2] for role in ROLES})
+    (batch,), _ = plan_micro_batches([triplet], ROLES, 2, replica=1, replicas=2, multiple=1)
+    loss, count, sums = loss_func(batch, ObjectiveSection(), 0.1, torch.zeros(0, requires_grad=True))
+    assert loss.item() == 0 and count.item() == 0 and not sums.any()

@@ -1,0 +1,219 @@
+"""The config: files and flags, what is refused and how, and that writing it out loses nothing."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from megatron_tspin.config import Config, OptimizerSection, ParallelSection
+from megatron_tspin.config_source import add_flags, dump_config, load_config, overrides, settings
+from megatron_tspin.errors import InputError
+
+NEEDED = {"run_dir": "run", "model.hf_checkpoint": "hf", "data.annotated": "a.jsonl"}
+
+
+def refused(tree: Any, flags: dict[str, Any], folder: Path) -> list[str]:
+    path = folder / "run.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    with pytest.raises(InputError) as caught:
+        load_config(path, flags)
+    return str(caught.value).replace(f"{path}: ", "").splitlines()
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: r\nmodel: {hf_checkpoint: h}\ndata: {annotated: a}\noptimizer: {lr: 1e-6, eps: 1e-7}\n")
+    config = load_config(path, {"optimizer.lr": 2e-6})
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.min_lr) == (2e-6, 1e-7, 0.0)
+
+
+@pytest.mark.parametrize("text", ["optimizer:\n", "optimizer: {}\n", "optimizer: null\n", ""])
+def test_a_heading_without_settings_takes_flags(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: run\n{text}")
+    flags = {name: value for name, value in NEEDED.items() if name != "run_dir"}
+    assert load_config(path, {**flags, "optimizer.lr": 2e-6}).optimizer.lr == 2e-6
+
+
+def test_refusals_by_name(tmp_path: Path) -> None:
+    tree = {
+        "run_dir": "run",
+        "model": {"hf_checkpoint": "hf"},
+        "data": {"annotated": "a"},
+        "optimizer": {"lrr": 1e-6, "lr": "1e-6 "},
+        "training": {"micro_batch_size": 2.5, "bf16": "yes"},
+        "objective": {"method": "dpo"},
+        "seq_length": 4,
+    }
+    lines = refused(tree, {}, tmp_path)
+    assert "unknown setting `optimizer.lrr`; did you mean `optimizer.lr`?" in lines
+    assert "unknown setting `seq_length`; did you mean `data.seq_length`?" in lines
+    assert "`optimizer.lr` = '1e-6 ': input should be a valid number" in lines
+    assert "`training.micro_batch_size` = 2.5: input should be a valid integer" in lines
+    assert "`training.bf16` = 'yes': input should be a valid boolean" in lines
+    assert "`objective.method` = 'dpo': input should be 'tspin', 'spin', 'tspin_ref' or 'sft'" in lines
+    assert len(lines) == 6
+
+
+def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
+    assert refused({"data": {}}, {}, tmp_path) == [
+        "`run_dir` is missing; set it in the file or with --run-dir",
+        "`model` is missing; set it in the file or with --hf-checkpoint",
+        "`data.annotated` is missing; set it in the file or with --annotated",
+    ]
+    with pytest.raises(InputError, match="^the command line: `run_dir` is missing"):
+        load_config(None, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            {"training.global_batch_size": 10, "training.micro_batch_size": 4},
+            "training.global_batch_size (10) must be a multiple of micro_batch_size x data_parallel_size (4 x 1)",
+        ),
+        (
+            {"generation.max_new_tokens": 2048},
+            "generation.max_new_tokens (2048) must be smaller than data.seq_length (2048), which has to hold the "
+            "prompt too",
+        ),
+        (
+            {"parallel.sequence_parallel": True},
+            "parallel: sequence_parallel needs tensor_model_parallel_size of 2 or more",
+        ),
+        ({"data.template": "no prompt"}, "data: template must be `chat` or contain {prompt} exactly once"),
+        (
+            {"optimizer.lr_by_iteration": [1e-6, 0.0]},
+            "optimizer: learning rates must be positive and finite, found [1e-06, 0.0]",
+        ),
+        ({"optimizer.lr": float("inf")}, "optimizer: learning rates must be positive and finite, found [inf]"),
+        (
+            {"optimizer.lr": 1e-6, "optimizer.min_lr": 1e-5},
+            "optimizer: min_lr (1e-05) must not exceed the lowest peak learning rate (1e-06)",
+        ),
+        ({"optimizer.lr": float("nan")}, "`optimizer.lr` = nan: input should be greater than 0"),
+    ],
+)
+def test_combinations(flags: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(None, {**NEEDED, **flags})
+    assert str(caught.value) == f"the command line: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n", "expected sections such as `model:` and `data:`, found list"),
+        ("a: [\n", "not valid YAML"),
+        ("", "expected sections such as `model:` and `data:`, found NoneType"),
+        ("optimizer: 3\n", "`optimizer` = 3: input should be a valid dictionary or instance of OptimizerSection"),
+    ],
+)
+def test_files_that_are_no_config(text: str, expected: str, tmp_path: Path) -> None:
+    assert any(expected in line for line in refused(text, {"optimizer.lr": 1e-6}, tmp_path))
+    with pytest.raises(InputError, match="no such config file"):
+        load_config(tmp_path / "absent.yaml", {})
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "+1e-6", "0.000001", ".1e-5"])
+def test_numbers_are_numbers(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: r\nmodel: {{hf_checkpoint: h}}\ndata: {{annotated: a}}\noptimizer: {{lr: {text}}}\n")
+    assert load_config(path, {}).optimizer.lr == 1e-6
+
+
+@examples(max_examples=40)
+@given(
+    lr=st.floats(1e-12, 1.0),
+    rates=st.lists(st.floats(1e-12, 1.0), max_size=3),
+    template=st.text().map(lambda text: text.replace("{prompt}", "") + "{prompt}"),
+    name=st.text(),
+    flag=st.booleans(),
+    steps=st.none() | st.integers(1, 10**6),
+)
+def test_writing_out_loses_nothing(
+    tmp_path_factory: Any, lr: float, rates: list[float], template: str, name: str, flag: bool, steps: int | None
+) -> None:
+    try:
+        config = load_config(
+            None,
+            {
+                **NEEDED,
+                "run_dir": name,
+                "optimizer.lr": lr,
+                "optimizer.lr_by_iteration": rates,
+                "data.template": template,
+                "training.bf16": flag,
+                "training.train_iters": steps,
+            },
+        )
+        text = dump_config(config)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return  # lone surrogates are in no file and on no command line
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path, {}) == config
+
+
+def test_every_setting_has_a_flag_of_its_own() -> None:
+    flags = [item.flag for item in settings()]
+    assert None not in flags and len(set(flags)) == len(flags)
+    assert all(item.field.description for item in settings())
+
+
+def test_flags_parse_to_the_types_of_the_settings() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    given_flags = (
+        "--run-dir r --hf-checkpoint h --annotated a --lr 1e-6 --tspin-lr-by-iteration 2e-6 1e-6 --bf16 "
+        "--no-tspin-tensorboard --train-iters 7 --tspin-method spin --tensor-model-parallel-size 2 --sequence-parallel"
+    )
+    found = overrides(parser.parse_args(given_flags.split()))
+    config = load_config(None, found)
+    assert set(found) == {
+        "run_dir", "model.hf_checkpoint", "data.annotated", "optimizer.lr", "optimizer.lr_by_iteration",
+        "training.bf16", "training.tensorboard", "training.train_iters", "objective.method",
+        "parallel.tensor_model_parallel_size", "parallel.sequence_parallel",
+    }  # fmt: skip
+    assert config.training.bf16 and not config.training.tensorboard and config.training.train_iters == 7
+    assert config.objective.method == "spin" and config.optimizer.lr_by_iteration == [2e-6, 1e-6]
+
+
+def test_only_some_sections() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ("", "objective"))
+    offered = {action.dest for action in parser._actions} - {"help"}
+    assert offered == {item.name for item in settings() if len(item.path) == 1 or item.path[0] == "objective"}
+
+
+def test_learning_rates_by_iteration() -> None:
+    assert OptimizerSection(lr=3e-6).peak_lr(7) == 3e-6
+    section = OptimizerSection(lr=3e-6, lr_by_iteration=[2e-6, 1e-6])
+    assert [section.peak_lr(i) for i in range(4)] == [2e-6, 1e-6, 1e-6, 1e-6]
+
+
+def test_generation_layout() -> None:
+    config = load_config(
+        None,
+        {
+            **NEEDED,
+            "parallel.tensor_model_parallel_size": 4,
+            "parallel.sequence_parallel": True,
+            "parallel.cpu_threads": 3,
+            "generation.tensor_model_parallel_size": 1,
+            "generation.data_parallel_size": 4,
+        },
+    )
+    assert config.generation_layout() == ParallelSection(data_parallel_size=4, cpu_threads=3)
+
+
+def test_configs_are_immutable() -> None:
+    config: Any = Config.model_validate({"run_dir": "r", "model": {"hf_checkpoint": "h"}, "data": {"annotated": "a"}})
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0
