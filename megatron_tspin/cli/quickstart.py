@@ -31,7 +31,7 @@ example
 _MEASURES = {
     "objective": "objective",
     "iterations": "iterations done",
-    "before": "accuracy (%), sampled, at the start",
+    "before": "start: accuracy (%), sampled",
     "sampled": "accuracy (%), sampled",
     "greedy": "accuracy (%), greedy",
     "nll": "NLL per token of y",
@@ -109,7 +109,7 @@ def _compare(run_dirs: Sequence[Path], output: Path) -> None:
     from megatron_tspin.report.html import write_report
 
     write_report(run_dirs[0], run_dirs[1:], output)
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, highlight=False)
     _print_table(run_dirs, console)
     console.print(f"Report: {output.absolute()}", soft_wrap=True)
     console.print(f"Fine-tuned HF checkpoint: {run_dirs[0] / 'export' / 'hf'}", soft_wrap=True)
@@ -126,7 +126,7 @@ def _print_table(run_dirs: Sequence[Path], console: Any) -> None:
     first, *others = [load_run(run_dir) for run_dir in run_dirs]
     compared = compare_runs(first, others)
     table = Table(title="Held-out examples", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for run in compared:
         table.add_column(run.name, justify="right")
     for field, label in _MEASURES.items():

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch.distributed as dist
 
@@ -133,18 +134,30 @@ def _read_prompts(path: Path) -> list[Example]:
     """Prompts without answers."""
     examples: list[Example] = []
     problems: list[str] = []
+    line_of: dict[str, int] = {}
     for number, value in read_json_lines(path):
-        messages = value.get("messages")
-        prompt = value.get("prompt")
-        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
-            before = [message for message in messages if message.get("role") != "assistant"]
-            prompt = "\n\n".join(str(message.get("content")) for message in before)
-            messages = before
-        if not isinstance(prompt, str) or not prompt:
-            problems.append(f"{path}:{number}: needs `prompt` as text, or `messages`")
-            continue
+        messages = _before_answer(value.get("messages"))
+        prompt = "\n\n".join(message["content"] for message in messages) if messages else value.get("prompt")
         identifier = str(value.get("id", number))
-        examples.append(Example(id=identifier, prompt=prompt, response="", messages=messages, record=value))
+        if not isinstance(prompt, str) or not prompt:
+            problems.append(f"{path}:{number}: needs `prompt` as text, or `messages` with `role` and `content`")
+        elif identifier in line_of:
+            problems.append(f"{path}:{number}: the id {identifier!r} is that of line {line_of[identifier]} too")
+        else:
+            line_of[identifier] = number
+            examples.append(Example(id=identifier, prompt=prompt, response="", messages=messages, record=value))
     if problems or not examples:
         raise InputError("\n".join(problems) or f"{path}: no prompts")
     return examples
+
+
+def _before_answer(messages: Any) -> list[dict[str, str]] | None:
+    """The messages before the first one of the assistant, which is where training cuts too; None if there are none."""
+    found: list[dict[str, str]] = []
+    for message in messages if isinstance(messages, list) else []:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return None
+        if message["role"] == "assistant":
+            break
+        found.append({"role": message["role"], "content": message["content"]})
+    return found or None

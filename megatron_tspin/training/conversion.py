@@ -51,7 +51,7 @@ def convert_checkpoint(
         hf_checkpoint: The HF folder.
         save: The checkpoint folder to write.
         parallel: The layout; the checkpoint loads under any other too.
-        verify: Compare sequence log-probs with transformers' in fp32, before anything is written.
+        verify: Compare sequence log-probs with transformers' in float64, before anything is written.
         verify_data: JSONL with `prompt` and `response` to compare on; None takes built-in sentences.
         bound: Largest relative difference of a sequence log-prob.
 

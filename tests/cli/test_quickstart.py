@@ -65,3 +65,27 @@ def test_unknown_methods_are_refused() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["quickstart", "--methods", "dpo"])
     assert caught.value.code == 2
+
+
+def test_the_comparison_fits_into_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from megatron_tspin.report import headline, run_data
+
+    names = ("tspin", "spin", "sft")
+    lines = [
+        headline.ComparedRun(name, f"{name}, lambda 0.1, lr 0.0001, 5e-05", "3 of 3", "45.0 ± 3.5", "76.0 ± 3.0",
+                             "87.0 ± 2.4", "0.0577", "98 %", "+10.0 points (2.6 SE, clear)", "3 min 34 s")
+        for name in names
+    ]  # fmt: skip
+    monkeypatch.setattr(run_data, "load_run", lambda run_dir: lines[0])
+    monkeypatch.setattr(headline, "compare_runs", lambda first, others: lines)
+    quickstart._print_table([Path(name) for name in names], Console(width=80))
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 80
+    [sampled] = [line for line in shown if line.strip().startswith("accuracy (%), sampled")]
+    assert sampled.count("76.0 ± 3.0") == 3
+    [header] = [line for line in shown if line.split() == list(names)]
+    assert not any("…" in line for line in shown), header
