@@ -13,7 +13,8 @@ from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.platform import backend, prepare_platform, seed_everything
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+# Replicas wait for each other at the end of a generation, where one may have a shard more to do than another.
+_TIMEOUT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,8 @@ def build_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     if metadata(reader, "tokenizer.ggml.pre") != PRE_TOKENIZER:
         raise ValueError(f"expected the pre-tokenizer {PRE_TOKENIZER!r}, found another: token ids would be wrong")
     tokens = strings(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in strings(reader, "tokenizer.ggml.merges")]
+    pairs = (merge.split(" ") for merge in strings(reader, "tokenizer.ggml.merges"))
+    merges = [(left, right) for left, right in pairs]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

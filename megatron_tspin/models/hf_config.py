@@ -59,6 +59,18 @@ class Architecture:
         multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_parallel_size)
         return math.ceil(self.vocab_size / multiple) * multiple
 
+    def check_length(self, seq_length: int) -> None:
+        """Refuses rows longer than the positions that the policy was made for.
+
+        Raises:
+            InputError: `seq_length` is larger than `max_position_embeddings`.
+        """
+        if seq_length > self.max_positions:
+            raise InputError(
+                f"data.seq_length = {seq_length} is more than the {self.max_positions} positions "
+                f"(max_position_embeddings) of {self.folder}; lower --seq-length"
+            )
+
     def check_layout(self, parallel: ParallelSection) -> None:
         """Refuses a layout that does not fit the network.
 

@@ -55,6 +55,7 @@ def _check_model(config: Config) -> None:
         problems += str(error).splitlines()
     else:
         problems += _layout_problems(architecture, config)
+        problems += _problems(lambda config: architecture.check_length(config.data.seq_length), config)
     if problems:
         raise InputError("\n".join(problems))
 

@@ -5,8 +5,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_tspin.checkpoint.policies import policy_checkpoint, step_folder
 from megatron_tspin.checkpoint.store import (
     latest_checkpoint,
@@ -15,18 +13,19 @@ from megatron_tspin.checkpoint.store import (
     save_checkpoint,
 )
 from megatron_tspin.config import Config
-from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
-from megatron_tspin.models.policy import PolicyModel, num_parameters
+from megatron_tspin.models.policy import num_parameters
 from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import Topology, distributed
-from megatron_tspin.records import ReferenceLogProbs, ScoredResponse, StepMetrics, read_records
+from megatron_tspin.parallel import distributed
+from megatron_tspin.records import ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
-from megatron_tspin.storage import write_text
+from megatron_tspin.storage import sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
+from megatron_tspin.training.reference import reference_log_probs
 from megatron_tspin.training.scoring_input import read_scoring_input
 from megatron_tspin.training.triplet_source import TripletSource
 
@@ -54,7 +53,8 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         model = load_policy(architecture, config.parallel, config.training, topology, start)
         _log.info("policy from %s, %d parameters on this rank", start, num_parameters(model))
         if has_reference(config.objective.method):
-            source.reference = _reference(folder.reference(iteration), model, topology, source)
+            facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": source.digests()}
+            source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         if resumed is not None:
             trainer.done = _resume(trainer, resumed)
@@ -109,29 +109,6 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         for older in sorted(checkpoints.glob("step_*")):
             if older != step_folder(checkpoints, trainer.done):
                 shutil.rmtree(older)
-
-
-def _reference(path: Path, model: PolicyModel, topology: Topology, source: TripletSource) -> list[dict[str, float]]:
-    """Returns log pi_t of every response, computed once, by the policy that the iteration starts from."""
-    triplets = source.all()
-    missing = not path.is_file()
-    dist.barrier()  # every rank has looked before any rank writes
-    if missing:
-        roles = list(triplets[0].responses)
-        pairs = [pair for triplet in triplets for pair in triplet.pairs()]
-        scores = score_pairs(model, topology, pairs, description="reference log-probs")
-        if topology.speaks:
-            rows = [scores[i : i + len(roles)] for i in range(0, len(scores), len(roles))]
-            records = [
-                ReferenceLogProbs(id=triplet.id, log_probs=dict(zip(roles, row, strict=True)))
-                for triplet, row in zip(triplets, rows, strict=True)
-            ]
-            write_text(path, "".join(record.line() for record in records))
-        dist.barrier()
-    records = list(read_records(path, ReferenceLogProbs))
-    if [record.id for record in records] != [triplet.id for triplet in triplets]:
-        raise ArtifactError(f"{path}: its prompts are not those of this run; remove the file and run again")
-    return [record.log_probs for record in records]
 
 
 def score_file(config: Config, load: Path, data: Path, output: Path) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
-from megatron_tspin.data.triplets import GlobalBatchSampler, RoleDocuments, open_role_documents, steps_per_iteration
+from megatron_tspin.data.triplets import GlobalBatchSampler, open_role_documents, steps_per_iteration
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.storage import sha256_file
 
 
 class TripletSource:
@@ -22,7 +24,9 @@ class TripletSource:
 
     def __init__(self, config: Config, iteration: int, roles: tuple[str, ...]) -> None:
         folder = RunFolder(Path(config.run_dir))
-        self._documents = _open(folder, iteration, roles)
+        stems = _stems(folder, iteration, roles)
+        self._documents = open_role_documents(document_stem(folder.data, TRAIN, "prompt"), stems)
+        self._sidecars = {role: file_of(stem, "json") for role, stem in stems.items()}
         self._roles = roles
         self._ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
         batch_size = config.training.global_batch_size
@@ -31,6 +35,10 @@ class TripletSource:
         self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)
         self.reference: Sequence[Mapping[str, float]] | None = None
         """log pi_t by role for each example, where the method has a reference."""
+
+    def digests(self) -> dict[str, str]:
+        """Hex SHA-256 of each role's sidecar, which holds those of its tokens."""
+        return {role: sha256_file(path) for role, path in self._sidecars.items()}
 
     def global_batch(self, step: int) -> list[Triplet]:
         """The triplets of an optimizer step, counted from 0."""
@@ -50,7 +58,6 @@ class TripletSource:
         )
 
 
-def _open(folder: RunFolder, iteration: int, roles: tuple[str, ...]) -> RoleDocuments:
+def _stems(folder: RunFolder, iteration: int, roles: tuple[str, ...]) -> dict[str, Path]:
     where = {"annotated": folder.data, "proto": folder.data, "synthetic": folder.iteration(iteration)}
-    stems = {role: document_stem(where[role], TRAIN, role) for role in roles}
-    return open_role_documents(document_stem(folder.data, TRAIN, "prompt"), stems)
+    return {role: document_stem(where[role], TRAIN, role) for role in roles}
