@@ -11,7 +11,7 @@ quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
 test: $(INSTALLED) lint
-	$(RUN)/python -m pytest -m "not slow and not gpu and not te and not slurm"
+	$(RUN)/python -m pytest -m "not slow and not gpu and not te and not slurm" --durations=15
 
 test-slow: $(INSTALLED)
 	$(RUN)/pip install --quiet --disable-pip-version-check --requirement examples/smollm2/requirements.txt

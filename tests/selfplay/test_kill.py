@@ -51,13 +51,20 @@ def drive(fake: FakeRun) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
         path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
         command = [sys.executable, str(Path(__file__).with_name("drive.py")), str(fake.world)]
         env = {**os.environ, "PYTHONPATH": path}
-        drivers.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        drivers.append(
+            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts)
+        )
         return drivers[-1]
 
     yield start
     for driver in drivers:
         driver.kill()
         driver.communicate()
+
+
+def _heed_interrupts() -> None:
+    """A shell that runs the tests in the background makes them, and so the driver, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def hang_in(fake: FakeRun, stage: str, drive: Callable[[], "subprocess.Popen[str]"]) -> "subprocess.Popen[str]":
