@@ -21,6 +21,7 @@ from megatron_tspin.checkpoint.families import (
 from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
 from megatron_tspin.errors import InputError
+from megatron_tspin.log import track
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
@@ -43,7 +44,8 @@ def load_hf(model: PolicyModel, topology: Topology) -> None:
     """
     source = HFFolder(model.architecture.folder)
     source.check(model.architecture)
-    for weight, parameter in _local_weights(model, topology):
+    found = list(_local_weights(model, topology))
+    for weight, parameter in track(found, "read HF weights", len(found), "tensor", topology.speaks):
         _fill(parameter, weight, source, model.architecture, topology)
 
 
@@ -137,7 +139,7 @@ def export_hf(
         }
         with atomic_path(target) as folder:
             writer = HFWriter(folder, sizes, shard_bytes)
-            for weight in order:
+            for weight in track(order, "write HF weights", len(order), "tensor"):
                 for name, tensor in _gather(weight, local, model.architecture, topology).items():
                     writer.add(name, tensor)
             writer.finish(source_hf, dtype)

@@ -38,8 +38,9 @@ def score_pairs(
     scores = torch.zeros(len(pairs), dtype=torch.float64, device=device())
     chunk = rows_per_batch * _MICRO_BATCHES_PER_STAGE * topology.pp_size
     starts = list(range(0, len(pairs), chunk))[topology.dp_rank :: topology.dp_size]
+    mine = sum(len(pairs[start : start + chunk]) for start in starts)
     run_schedule = get_forward_backward_func()
-    with torch.no_grad(), progress_bar(description or "", len(starts), "chunk", _draws(description, topology)) as bar:
+    with torch.no_grad(), progress_bar(description or "", mine, "response", _draws(description, topology)) as bar:
         for start in starts:
             part = pairs[start : start + chunk]
             length = row_length(part, topology.tp_size)
@@ -56,7 +57,7 @@ def score_pairs(
             )
             if topology.is_last_stage:
                 scores[start : start + len(part)] = torch.cat(outputs).double()
-            bar.update()
+            bar.update(len(part))
     broadcast_from_last_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values
