@@ -12,12 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, Segment, weights
+from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.models.hf_config import Architecture
-from megatron_tspin.storage import read_json
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _SHOWN = 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,7 +37,7 @@ class HFFolder:
         self._file_of: dict[str, Path] = {}
         for path in weight_files(folder):
             opened = _open(path)
-            for name in opened.keys():  # noqa: SIM118  # not a mapping
+            for name in opened.keys():  # not a mapping: it cannot be iterated
                 if name in self._file_of:
                     raise ArtifactError(f"{path}: tensor {name} is in {self._file_of[name].name} as well")
                 self._file_of[name] = path
@@ -119,39 +117,6 @@ class HFFolder:
 
 def _refused_dtype(name: str, stored: str) -> str:
     return f"tensor {name} has dtype {stored}; use an unquantised checkpoint in {', '.join(_DTYPES)}"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint, sorted by name; see `HFFolder` for the rules and errors."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise InputError(
-            f"{folder}: {pickled[0]} is a pickle, which can run code when opened, and is not read; save the checkpoint "
-            "as safetensors (transformers: `model.save_pretrained(folder)`)"
-        )
-    raise InputError(f"{folder}: no *.safetensors file")
-
-
-def _indexed_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    tree = read_json(index)
-    names = tree.get("weight_map") if isinstance(tree, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise ArtifactError(f"{index}: no `weight_map`")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: weight_map names {name!r}; only *.safetensors files beside the index are read")
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name}: no such file, but {INDEX} names it; download the checkpoint again")
-    return [folder / name for name in files]
 
 
 def _open(path: Path) -> Any:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tspin.checkpoint.hf_folder import INDEX, WEIGHTS
+from megatron_tspin.checkpoint.weight_files import INDEX, WEIGHTS
 from megatron_tspin.storage import read_json, write_json
 
 SHARD_BYTES = 4 * 2**30

@@ -101,7 +101,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # megatron-core sums the gradients of marked parameters over TP, as each rank saw its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's mark
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises the last dimension of [s, b, h]."""

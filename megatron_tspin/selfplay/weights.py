@@ -4,21 +4,11 @@ import json
 import struct
 from pathlib import Path
 
+from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import InputError
-from megatron_tspin.storage import read_json
 
-_INDEX = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the format's own limit
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index if it has one, else all."""
-    index = folder / _INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    names = read_json(index).get("weight_map", {}).values()
-    return [folder / name for name in sorted(set(names))]
 
 
 def check_weights(folder: Path) -> None:
@@ -27,13 +17,8 @@ def check_weights(folder: Path) -> None:
     Raises:
         InputError: Names each file.
     """
-    files = weight_files(folder)
-    if not files:
-        raise InputError(
-            f"{folder}: no *.safetensors; other formats are not read, convert them with transformers' save_pretrained"
-        )
     problems = []
-    for path in files:
+    for path in weight_files(folder):
         try:
             _header(path)
         except InputError as error:

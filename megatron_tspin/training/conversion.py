@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_tspin.checkpoint.convert import export_hf, load_hf
-from megatron_tspin.checkpoint.hf_folder import weight_files
 from megatron_tspin.checkpoint.store import (
     build_policy,
     latest_checkpoint,
@@ -15,6 +14,7 @@ from megatron_tspin.checkpoint.store import (
     save_checkpoint,
     verify_checkpoint,
 )
+from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.errors import ArtifactError, InputError, TspinError
 from megatron_tspin.log import get_logger

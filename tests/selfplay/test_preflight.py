@@ -121,8 +121,9 @@ def test_truncated_and_missing_weights(world: Path, config_of: ConfigOf) -> None
         weights.write_bytes(whole[:size])
         (line,) = refused(config_of())
         assert "model.safetensors" in line and "download it again" in line
-    weights.write_bytes(whole)
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    weights.unlink()
+    (world / "base" / "model-00001.safetensors").write_bytes(whole)
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
     (world / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     (line,) = refused(config_of())
     assert "model-00002.safetensors: no such file" in line
@@ -131,6 +132,8 @@ def test_truncated_and_missing_weights(world: Path, config_of: ConfigOf) -> None
 def test_parameters_are_counted_from_headers(world: Path) -> None:
     assert count_parameters(world / "base") == 6 * 8 + 8
     write_safetensors(world / "base" / "more.safetensors", {"scalar": [], "b": [2, 3]})
+    assert count_parameters(world / "base") == 6 * 8 + 8, "model.safetensors alone counts, as in transformers"
+    (world / "base" / "model.safetensors").rename(world / "base" / "first.safetensors")
     assert count_parameters(world / "base") == 6 * 8 + 8 + 1 + 6
 
 

@@ -1,0 +1,50 @@
+"""Which files of an HF folder hold its weights. No torch here: the driver asks too."""
+
+from pathlib import Path
+
+from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.storage import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, sorted by name.
+
+    `model.safetensors` goes before the files of `model.safetensors.index.json`, as in transformers; without either, all
+    `*.safetensors` count.
+
+    Raises:
+        InputError: No safetensors files, or an index that names a file outside the folder.
+        ArtifactError: A file that the index names is missing, or the index names none.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder}: {pickled[0]} is a pickle, which can run code when opened, and is not read; save the checkpoint "
+            "as safetensors (transformers: `model.save_pretrained(folder)`)"
+        )
+    raise InputError(f"{folder}: no *.safetensors file")
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    tree = read_json(index)
+    names = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ArtifactError(f"{index}: no `weight_map`")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: weight_map names {name!r}; only *.safetensors files beside the index are read")
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: no such file, but {INDEX} names it; download the checkpoint again")
+    return [folder / name for name in files]
