@@ -66,7 +66,7 @@ def token_log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor, shard: Vo
         fp32 [n], the same on every TP rank.
     """
     logits = torch.nn.functional.linear(hidden, weight)
-    log_probs: Tensor = _VocabularyParallelLogProb.apply(logits, token_ids, shard)  # type: ignore[no-untyped-call]
+    log_probs: Tensor = _VocabularyParallelLogProb.apply(logits, token_ids, shard)  # type: ignore[no-untyped-call]  # torch's
     return log_probs
 
 

@@ -19,7 +19,7 @@ class RMSProp(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
         """Makes one update; a closure is not supported."""
         if closure is not None:
             raise ValueError("RMSProp.step takes no closure")
