@@ -5,12 +5,15 @@ Megatron's names where Megatron has one) override it. Unknown keys, wrong types 
 by name.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 CHAT_TEMPLATE = "chat"
+_ROW_UNIT = 8
+_MOST_ROLES = 3
 
 Method = Literal["tspin", "spin", "tspin_ref", "sft"]
 
@@ -119,7 +122,13 @@ class OptimizerSection(Section):
 class TrainingSection(Section):
     """One self-play iteration of training. Batch sizes count triplets."""
 
-    micro_batch_size: int = setting(4, "--micro-batch-size", "Triplets in one forward pass of one replica.", ge=1)
+    micro_batch_size: int = setting(
+        4,
+        "--micro-batch-size",
+        "Triplets in one forward pass of one replica with padded rows; with packed rows it only sets how long a row "
+        "may be, see --tspin-row-capacity.",
+        ge=1,
+    )
     global_batch_size: int = setting(64, "--global-batch-size", "Triplets in one optimizer step.", ge=1)
     epochs: int = setting(1, "--tspin-epochs", "Passes over the triplets in one self-play iteration.", ge=1)
     train_iters: int | None = setting(
@@ -132,11 +141,46 @@ class TrainingSection(Section):
         None, "--recompute-granularity", "Recompute activations in backward: whole layers, or attention only."
     )
     bf16: bool = setting(False, "--bf16", "Compute in bfloat16 with fp32 master weights; otherwise fp32.")
+    layout: Literal["packed", "padded"] = setting(
+        "packed",
+        "--tspin-layout",
+        "packed: whole triplets side by side in one long row a micro-batch; padded: a row a response, the reference.",
+    )
+    share_prompts: bool = setting(
+        True, "--tspin-share-prompts", "Packed rows: a prompt goes through the policy once for all its responses."
+    )
+    row_capacity: int | None = setting(
+        None,
+        "--tspin-row-capacity",
+        "Most tokens of a packed row, and so of a forward pass. Default: --seq-length times --micro-batch-size, and at "
+        "least times 3, which holds any triplet.",
+        ge=8,
+    )
+    over_capacity: Literal["refuse", "truncate"] = setting(
+        "refuse",
+        "--tspin-over-capacity",
+        "What to do with a triplet that is longer than a packed row: stop, or cut its longest responses.",
+    )
+    packed_attention: Literal["auto", "segments", "flex", "dense"] = setting(
+        "auto",
+        "--tspin-packed-attention",
+        "Attention over packed rows: segments (CPU), flex (FlexAttention on CUDA), dense (a full mask, the "
+        "reference); auto takes the device's own.",
+    )
+    data_order: Literal["balanced", "shuffled"] = setting(
+        "balanced",
+        "--tspin-data-order",
+        "balanced: every global batch has triplets of all lengths, drawn at random among alike ones; shuffled: at "
+        "random from all.",
+    )
+    diagnostics: bool = setting(
+        False, "--tspin-diagnostics", "Also measure entropy and top-1 agreement of the responses at every step."
+    )
     tensorboard: bool = setting(True, "--tspin-tensorboard", "Write TensorBoard events beside metrics.jsonl.")
 
 
 class ParallelSection(Section):
-    """Layout of the ranks that train. The number of processes is TP x PP x DP."""
+    """Layout of the ranks that train. The number of processes is TP x CP x PP x DP."""
 
     tensor_model_parallel_size: int = setting(
         1, "--tensor-model-parallel-size", "TP: ranks that split each layer.", ge=1
@@ -145,23 +189,47 @@ class ParallelSection(Section):
         1, "--pipeline-model-parallel-size", "PP: ranks that split the stack of layers.", ge=1
     )
     data_parallel_size: int = setting(1, "--tspin-data-parallel-size", "DP: replicas of the policy.", ge=1)
+    context_parallel_size: int = setting(
+        1, "--context-parallel-size", "CP: ranks that share each packed row, for long answers.", ge=1
+    )
     sequence_parallel: bool = setting(
         False, "--sequence-parallel", "Split norms and dropout over TP along the sequence."
     )
     use_distributed_optimizer: bool = setting(
         False, "--use-distributed-optimizer", "Shard the optimizer's state over DP."
     )
+    overlap_grad_reduce: bool = setting(
+        False, "--overlap-grad-reduce", "Reduce gradients over DP while backward still runs."
+    )
+    overlap_param_gather: bool = setting(
+        False,
+        "--overlap-param-gather",
+        "Gather updated parameters while forward already runs (distributed optimizer).",
+    )
     cpu_threads: int = setting(1, "--tspin-cpu-threads", "Threads of each rank on a machine without CUDA.", ge=1)
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+        model_parallel = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model_parallel * self.context_parallel_size * self.data_parallel_size
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of every row has to be a multiple of; the one place that knows.
+
+        Under context parallelism each rank holds two equal chunks of a row; under sequence parallelism TP splits those.
+        """
+        context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
+        chunks = 2 * context if context > 1 else 1
+        return math.lcm(_ROW_UNIT, chunks, context * tensor if self.sequence_parallel else 1)
 
     @model_validator(mode="after")
-    def _sequence_parallel_needs_tensor_parallel(self) -> "ParallelSection":
+    def _options_have_what_they_need(self) -> "ParallelSection":
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
         return self
 
 
@@ -222,17 +290,25 @@ class Config(Section):
     def _combinations(self) -> "Config":
         training, data_parallel = self.training, self.parallel.data_parallel_size
         per_pass = training.micro_batch_size * data_parallel
-        if training.global_batch_size % per_pass:
+        if training.layout == "padded" and training.global_batch_size % per_pass:
             raise ValueError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
                 f"micro_batch_size x data_parallel_size ({training.micro_batch_size} x {data_parallel})"
             )
+        if training.layout == "padded" and self.parallel.context_parallel_size > 1:
+            raise ValueError("context_parallel_size above 1 needs training.layout = packed")
         if self.generation.max_new_tokens >= self.data.seq_length:
             raise ValueError(
                 f"generation.max_new_tokens ({self.generation.max_new_tokens}) must be smaller than "
                 f"data.seq_length ({self.data.seq_length}), which has to hold the prompt too"
             )
         return self
+
+    @property
+    def row_capacity(self) -> int:
+        """Most tokens of a packed row."""
+        training = self.training
+        return training.row_capacity or max(training.micro_batch_size, _MOST_ROLES) * self.data.seq_length
 
     def generation_layout(self) -> ParallelSection:
         """The layout of the stages that only run the policy forward: training's, with generation's overrides."""

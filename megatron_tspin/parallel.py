@@ -1,4 +1,4 @@
-"""The process group of a stage: who I am among TP, PP and DP."""
+"""The process group of a stage: who I am among TP, CP, PP and DP."""
 
 import datetime
 import os
@@ -32,7 +32,12 @@ class Topology:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: dist.ProcessGroup
     sequence_parallel: bool
+    row_multiple: int
+    """See `ParallelSection.row_multiple`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -46,8 +51,8 @@ class Topology:
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank writes the results of its replica: the head's first TP rank."""
-        return self.is_last_stage and self.tp_rank == 0
+        """Whether this rank writes the results of its replica: the head's first TP and CP rank."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def speaks(self) -> bool:
@@ -60,14 +65,15 @@ def distributed(layout: ParallelSection, seed: int = 0) -> Iterator[Topology]:
     """Joins the ranks that torchrun (or Slurm) started into megatron-core's groups, and leaves them at the end.
 
     Raises:
-        InputError: The number of processes is not TP x PP x DP.
+        InputError: The number of processes is not TP x CP x PP x DP.
     """
     prepare_platform(layout.cpu_threads)
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size != layout.world_size:
         raise InputError(
-            f"{world_size} processes were started but TP x PP x DP = {layout.tensor_model_parallel_size} x "
-            f"{layout.pipeline_model_parallel_size} x {layout.data_parallel_size} needs {layout.world_size}"
+            f"{world_size} processes were started but TP x CP x PP x DP = {layout.tensor_model_parallel_size} x "
+            f"{layout.context_parallel_size} x {layout.pipeline_model_parallel_size} x {layout.data_parallel_size} "
+            f"needs {layout.world_size}"
         )
     dist.init_process_group(backend(), timeout=_TIMEOUT)
     try:
@@ -79,13 +85,14 @@ def distributed(layout: ParallelSection, seed: int = 0) -> Iterator[Topology]:
 def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
     """Builds megatron-core's groups over an initialised torch.distributed.
 
-    The order of ranks is Megatron's: TP fastest, then DP, then PP.
+    The order of ranks is Megatron's: TP fastest, then CP, then DP, then PP.
     """
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
@@ -101,7 +108,11 @@ def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=layout.data_parallel_size,
         dp_group=parallel_state.get_data_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=layout.context_parallel_size,
+        cp_group=parallel_state.get_context_parallel_group(),
         sequence_parallel=layout.sequence_parallel,
+        row_multiple=layout.row_multiple,
     )
 
 

@@ -88,7 +88,19 @@ class StepMetrics(Record):
     identical_share: float | None
     """Share of triplets with y' = y, which the current advantage cannot teach anything."""
     tokens_per_second: float
-    """Response and prompt tokens that were not padding, over all ranks."""
+    """Prompt and response tokens over all ranks, a prompt counted once a response whatever the layout of rows."""
+    packing_efficiency: float
+    """Share of the rows' places that are not padding."""
+    prompt_share_saved: float
+    """Share of prompt tokens that never went through the policy, because the responses of a triplet share theirs."""
+    entropy_annotated: float | None
+    """Mean entropy in nats of the distribution that predicts a response token; only with diagnostics."""
+    entropy_synthetic: float | None
+    entropy_proto: float | None
+    top_annotated: float | None
+    """Share of response tokens that were the most probable one; only with diagnostics."""
+    top_synthetic: float | None
+    top_proto: float | None
     seconds: float
 
 

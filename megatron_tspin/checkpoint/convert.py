@@ -150,7 +150,9 @@ def export_hf(
 
 def _send(weight: Weight, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology) -> None:
     """Hands this rank's part of a weight to rank 0, if rank 0 needs it from here."""
-    if topology.dp_rank != 0 or _stage_of(weight.core, architecture, topology.pp_size) != topology.pp_rank:
+    if topology.dp_rank != 0 or topology.cp_rank != 0:
+        return
+    if _stage_of(weight.core, architecture, topology.pp_size) != topology.pp_rank:
         return
     if weight.kind is Kind.REPLICATED and topology.tp_rank != 0:
         return
@@ -166,8 +168,8 @@ def _gather(
     stage = _stage_of(weight.core, architecture, topology.pp_size)
     shape = core_shape(weight, architecture, topology.tp_size)
     for tp_rank in range(1 if weight.kind is Kind.REPLICATED else topology.tp_size):
-        # Megatron's order of ranks: TP fastest, then DP, then PP.
-        rank = tp_rank + topology.tp_size * topology.dp_size * stage
+        # Megatron's order of ranks: TP fastest, then CP, then DP, then PP.
+        rank = tp_rank + topology.tp_size * topology.cp_size * topology.dp_size * stage
         if rank == 0:
             part = local[weight.core].detach()
         else:

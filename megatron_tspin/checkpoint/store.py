@@ -227,7 +227,7 @@ def _model_state(policy: PolicyModel) -> dict[str, Any]:
 
 def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
     return {
-        "layout": {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size},
+        "layout": {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size, "cp": topology.cp_size},
         "megatron_core": version("megatron-core"),
         "torch": torch.__version__,
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),

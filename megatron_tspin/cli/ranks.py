@@ -59,5 +59,10 @@ def torchrun_command(world_size: int) -> str:
 
 
 def _shape(layout: ParallelSection) -> str:
-    sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size)
-    return f"the layout TP {sizes[0]} x PP {sizes[1]} x DP {sizes[2]} needs {layout.world_size}"
+    sizes = {
+        "TP": layout.tensor_model_parallel_size,
+        "CP": layout.context_parallel_size,
+        "PP": layout.pipeline_model_parallel_size,
+        "DP": layout.data_parallel_size,
+    }
+    return f"the layout {' x '.join(f'{name} {size}' for name, size in sizes.items())} needs {layout.world_size}"

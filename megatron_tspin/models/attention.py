@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from megatron_tspin.models.packed_attention import BACKENDS, PackedAttention
+from megatron_tspin.models.row_layout import RowLayout
 
 
 class KeyValueCache:
@@ -41,10 +45,11 @@ class KeyValueCache:
 
 
 class CausalAttention(torch.nn.Module):
-    """Scaled dot-product attention over torch's SDPA.
+    """Scaled dot-product attention.
 
-    Without a mask rows are causal (padding on the right is never attended to). With a mask, `attention_mask` is boolean
-    [b, 1, queries, keys], True where a query sees a key, and has to contain causality and the sliding window.
+    With a `RowLayout` the one row is a packed one, attended to by a backend of `packed_attention`. Otherwise torch's
+    SDPA: without a mask rows are causal (padding on the right is never attended to); with a mask, `attention_mask` is
+    boolean [b, 1, queries, keys], True where a query sees a key, and has to contain causality and the sliding window.
     """
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
@@ -53,10 +58,18 @@ class CausalAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.window: int | None = config.sliding_window_keys
+        self.packed: PackedAttention = BACKENDS[config.packed_attention]
         self.cache: KeyValueCache | None = None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        packed_seq_params: RowLayout | None = None,
+        **__: Any,
     ) -> Tensor:
         """Attends.
 
@@ -65,10 +78,13 @@ class CausalAttention(torch.nn.Module):
             key: [s, b, groups, d], rotated.
             value: [s, b, groups, d].
             attention_mask: See the class.
+            packed_seq_params: The layout of a packed row, of which s tokens are on this rank; b is 1.
 
         Returns:
             [s, b, heads * d].
         """
+        if packed_seq_params is not None:
+            return self._over_packed_row(query, key, value, packed_seq_params)
         if self.cache is not None:
             key, value = self.cache.append(key, value)
         repeats = query.shape[2] // key.shape[2]
@@ -81,6 +97,13 @@ class CausalAttention(torch.nn.Module):
             q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _over_packed_row(self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+        if layout.context.size > 1:
+            both = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=layout.context.group)
+            key, value = both.index_select(0, layout.gathered_order.to(both.device)).unbind(1)
+        out = self.packed(query[:, 0], key[:, 0], value[:, 0], layout, self.scale, self.window)
+        return out.reshape(query.shape[0], 1, -1)
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """The head: hidden states to log-probs of responses, over a vocabulary that is split across TP.
 
-Only positions that predict a response token meet the output matrix. Rows of the padded vocabulary are masked: they
-take no part in the softmax.
+Only positions that predict a response token meet the output matrix, tile by tile: a tile is some positions times some
+rows of the vocabulary, is reduced to a running log-sum-exp and forgotten. Backward computes it again. No tensor of
+[tokens, vocabulary] ever exists. Rows of the padded vocabulary are left out: they take no part in the softmax.
 """
 
 from dataclasses import dataclass
@@ -11,22 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Positions and vocabulary rows of a tile. On a CPU it has to stay in the cache (2 MiB in fp32), on a GPU it has to fill
+# the device (512 MiB); measured by `benchmarks/triplet_step.py`.
+_CPU_TILE = (512, 1024)
+_CUDA_TILE = (4096, 32768)
+
 
 @dataclass(frozen=True)
 class ResponseTargets:
     """Which positions predict which response token; the interface between a layout of rows and the head.
 
     Attributes:
-        positions: int64 [n], flat indices into hidden states [s, b, h] seen as [s * b, h].
+        positions: int64 [n], flat indices into hidden states [s, b, h] seen as [s * b, h]; may repeat.
         token_ids: int64 [n], the token that each position predicts.
         response_index: int64 [n], the response that the token belongs to.
         num_responses: Number of responses in the micro-batch.
+        diagnostics: Also wanted: the entropy and the top-1 agreement of each response.
     """
 
     positions: Tensor
     token_ids: Tensor
     response_index: Tensor
     num_responses: int
+    diagnostics: bool = False
 
     def to(self, device: torch.device) -> "ResponseTargets":
         """The same on another device."""
@@ -35,6 +43,7 @@ class ResponseTargets:
             self.token_ids.to(device, non_blocking=True),
             self.response_index.to(device, non_blocking=True),
             self.num_responses,
+            self.diagnostics,
         )
 
 
@@ -53,58 +62,201 @@ class VocabularyShard:
         return self.group.size() > 1
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
-    """Log-prob of each token given the hidden state that predicts it, in fp32.
+def sequence_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: ResponseTargets,
+    shard: VocabularyShard,
+    weight_is_shared: bool = False,
+) -> Tensor:
+    """Log-prob of each response: the sum over its tokens, in fp32.
 
     Args:
-        hidden: [n, h], the same on every TP rank; its gradient is this rank's share, to be summed over TP.
-        weight: [shard.size, h], this rank's rows of the output matrix.
-        token_ids: int64 [n].
+        hidden: [positions, h], the same on every TP rank; its gradient is this rank's share, to be summed over TP.
+        weight: [shard.size, h], this rank's rows of the output matrix. Where it has a `main_grad` (megatron-core's
+            fp32 gradient buffer) its gradient goes straight there.
+        targets: The response tokens.
         shard: Where the rows belong.
+        weight_is_shared: Another module of this rank (the embedding) hands autograd a gradient of the same weight.
 
     Returns:
-        fp32 [n], the same on every TP rank.
+        fp32 [num_responses], the same on every TP rank. With `targets.diagnostics` [3, num_responses]: log-probs, and
+        without gradient the entropy in nats and the number of tokens that are the most probable one, both summed
+        over the response's tokens.
     """
-    logits = torch.nn.functional.linear(hidden, weight)
-    log_probs: Tensor = _VocabularyParallelLogProb.apply(logits, token_ids, shard)  # type: ignore[no-untyped-call]  # torch's
-    return log_probs
+    result: Tensor = _SequenceLogProbs.apply(hidden, weight, targets, shard, weight_is_shared)  # type: ignore[no-untyped-call]  # torch's
+    return result
 
 
-def sum_by_response(values: Tensor, targets: ResponseTargets) -> Tensor:
-    """Sums fp32 [n] token values into fp32 [num_responses]."""
-    return values.new_zeros(targets.num_responses).index_add(0, targets.response_index, values)
-
-
-class _VocabularyParallelLogProb(torch.autograd.Function):
-    """log softmax at one index, over a vocabulary split across ranks. Gradient: one-hot minus softmax."""
+class _SequenceLogProbs(torch.autograd.Function):
+    """Linear, log-softmax at the targets and the sum per response, as one differentiable step."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
-        wide = logits.float()  # fp32 logits are changed in place: `token_log_probs` is their only owner
-        wide[:, shard.valid :] = -torch.inf
-        largest = wide.max(dim=-1).values
-        if shard.split():
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-        exponentials = torch.exp(wide - largest[:, None])
-        local = token_ids - shard.first
-        owned = (local >= 0) & (local < shard.size)
-        local = local.clamp(0, shard.size - 1)
-        target = torch.where(owned, wide.gather(1, local[:, None])[:, 0] - largest, 0.0)
-        sums = torch.stack((exponentials.sum(dim=-1), target))
-        if shard.split():
-            dist.all_reduce(sums, group=shard.group)
-        total, target = sums
-        ctx.save_for_backward(exponentials.div_(total[:, None]), local, owned)
-        ctx.dtype = logits.dtype
-        log_probs: Tensor = target - torch.log(total)
-        return log_probs
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: ResponseTargets,
+        shard: VocabularyShard,
+        weight_is_shared: bool,
+    ) -> Tensor:
+        statistics = _token_statistics(hidden, weight, targets, shard)
+        ctx.save_for_backward(hidden, weight, statistics.log_sum_exp)
+        ctx.targets, ctx.shard, ctx.weight_is_shared = targets, shard, weight_is_shared
+        rows = [statistics.target - statistics.log_sum_exp]
+        if targets.diagnostics:
+            rows += [statistics.entropy(), statistics.is_top().to(torch.float32)]
+        # In float64: a sum of a thousand fp32 log-probs would lose a digit.
+        sums = hidden.new_zeros((len(rows), targets.num_responses), dtype=torch.float64)
+        sums.index_add_(1, targets.response_index, torch.stack(rows).double())
+        return sums.float() if targets.diagnostics else sums[0].float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        softmax, local, owned = ctx.saved_tensors
-        gradient = softmax * -gradients[0][:, None]
-        gradient.scatter_add_(1, local[:, None], (owned * gradients[0])[:, None])
-        return gradient.to(ctx.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, log_sum_exp = ctx.saved_tensors
+        targets: ResponseTargets = ctx.targets
+        by_response = gradients[0][0] if targets.diagnostics else gradients[0]
+        slope = by_response.index_select(0, targets.response_index)
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
+        hidden_gradient = _accumulate_gradients(hidden, weight, targets, ctx.shard, log_sum_exp, slope, weight_gradient)
+        if main_grad is None:
+            return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+        if ctx.weight_is_shared:
+            return hidden_gradient, None, None, None, None
+        # megatron-core's hook on the parameter has to fire, and must not add what it gets.
+        weight.grad_added_to_main_grad = True
+        return hidden_gradient, torch.empty_like(weight), None, None, None
+
+
+@dataclass
+class _TokenStatistics:
+    """Per position, fp32 [n]: log-sum-exp of the logits and the target's logit; the rest only for diagnostics."""
+
+    log_sum_exp: Tensor
+    target: Tensor
+    mean_logit: Tensor | None = None
+    """Sum of probability times logit."""
+    largest: Tensor | None = None
+
+    def entropy(self) -> Tensor:
+        """In nats."""
+        assert self.mean_logit is not None
+        return self.log_sum_exp - self.mean_logit
+
+    def is_top(self) -> Tensor:
+        """Whether no token is more probable than the target."""
+        assert self.largest is not None
+        return self.target >= self.largest
+
+
+def _token_statistics(
+    hidden: Tensor, weight: Tensor, targets: ResponseTargets, shard: VocabularyShard
+) -> _TokenStatistics:
+    """Runs over the tiles of this shard, then joins the shards with one MAX and one SUM."""
+    positions_per_tile, _ = _tile(hidden)
+    parts = [
+        _local_statistics(
+            hidden.index_select(0, targets.positions[start : start + positions_per_tile]),
+            weight,
+            targets.token_ids[start : start + positions_per_tile] - shard.first,
+            shard.valid,
+            targets.diagnostics,
+        )
+        for start in range(0, len(targets.positions), positions_per_tile)
+    ]
+    local = torch.cat(parts, dim=1) if parts else hidden.new_zeros((4, 0), dtype=torch.float32)
+    return _join_shards(local, shard, targets.diagnostics)
+
+
+def _local_statistics(hidden: Tensor, weight: Tensor, local_ids: Tensor, valid: int, diagnostics: bool) -> Tensor:
+    """fp32 [4, n] over this shard's real tokens: log-sum-exp, target logit (0 if elsewhere), mean logit, largest."""
+    count = hidden.shape[0]
+    found = hidden.new_zeros((4, count), dtype=torch.float32)
+    found[0], found[3] = -torch.inf, -torch.inf
+    _, rows_per_tile = _tile(hidden)
+    for first in range(0, valid, rows_per_tile):
+        rows = weight[first : min(first + rows_per_tile, valid)]
+        logits = _matmul_fp32(hidden, rows.t())
+        place = local_ids - first
+        inside = (place >= 0) & (place < rows.shape[0])
+        at_target = logits.gather(1, place.clamp(0, rows.shape[0] - 1)[:, None])[:, 0]
+        found[1] += torch.where(inside, at_target, 0.0)
+        tile_sum = logits.logsumexp(dim=1)
+        joined = torch.logaddexp(found[0], tile_sum)
+        if diagnostics:
+            here = (torch.exp(logits - tile_sum[:, None]) * logits).sum(dim=1)
+            found[2] = found[2] * torch.exp(found[0] - joined) + here * torch.exp(tile_sum - joined)
+            found[3] = torch.maximum(found[3], logits.amax(dim=1))
+        found[0] = joined
+    return found
+
+
+def _join_shards(local: Tensor, shard: VocabularyShard, diagnostics: bool) -> _TokenStatistics:
+    log_sum_exp, target, mean_logit, largest = local
+    if shard.split():
+        tops = torch.stack((log_sum_exp, largest)) if diagnostics else log_sum_exp[None].clone()
+        dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=shard.group)
+        share = torch.exp(log_sum_exp - tops[0])
+        sums = torch.stack((share, target, share * mean_logit) if diagnostics else (share, target))
+        dist.all_reduce(sums, group=shard.group)
+        log_sum_exp, target = tops[0] + torch.log(sums[0]), sums[1]
+        if diagnostics:
+            mean_logit, largest = sums[2] / sums[0], tops[1]
+    return _TokenStatistics(log_sum_exp, target, *((mean_logit, largest) if diagnostics else ()))
+
+
+def _accumulate_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: ResponseTargets,
+    shard: VocabularyShard,
+    log_sum_exp: Tensor,
+    slope: Tensor,
+    weight_gradient: Tensor,
+) -> Tensor:
+    """Adds the weight's gradient to `weight_gradient` (fp32); returns that of `hidden`.
+
+    The gradient of a logit is slope * (one-hot - softmax).
+    """
+    hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32)
+    positions_per_tile, rows_per_tile = _tile(hidden)
+    for start in range(0, len(targets.positions), positions_per_tile):
+        part = slice(start, start + positions_per_tile)
+        states = hidden.index_select(0, targets.positions[part])
+        place = targets.token_ids[part] - shard.first
+        gradient = torch.zeros_like(states, dtype=torch.float32)
+        for first in range(0, shard.valid, rows_per_tile):
+            rows = slice(first, min(first + rows_per_tile, shard.valid))
+            tile = _matmul_fp32(states, weight[rows].t()).sub_(log_sum_exp[part, None]).exp_()
+            tile.mul_(-slope[part, None])
+            inside = ((place >= rows.start) & (place < rows.stop)).nonzero()[:, 0]
+            tile[inside, place[inside] - rows.start] += slope[part][inside]
+            _add_matmul(gradient, tile, weight[rows])
+            _add_matmul(weight_gradient[rows], tile.t(), states)
+        hidden_gradient.index_add_(0, targets.positions[part], gradient)
+    return hidden_gradient.to(hidden.dtype)
+
+
+def _tile(tensor: Tensor) -> tuple[int, int]:
+    return _CUDA_TILE if tensor.is_cuda else _CPU_TILE
+
+
+def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """The product of matrices of 16 or 32 bits, summed and returned in fp32."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left @ right to `total` in fp32; a GPU multiplies in the 16 bits of `right`, if it has no more."""
+    if right.is_cuda and right.dtype != torch.float32:
+        total += torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left, right.float())
 
 
 def full_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, vocab_size: int) -> Tensor:

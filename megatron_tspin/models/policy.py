@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -15,11 +16,11 @@ from megatron_tspin.models.head import (
     ResponseTargets,
     VocabularyShard,
     full_logits,
-    sum_by_response,
-    token_log_probs,
+    sequence_log_probs,
 )
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.rotary import RotaryFrequencies
+from megatron_tspin.models.row_layout import RowLayout
 
 
 class PolicyModel(GPTModel):
@@ -46,6 +47,7 @@ class PolicyModel(GPTModel):
         attention_mask: Tensor | None = None,
         targets: ResponseTargets | None = None,
         *,
+        layout: RowLayout | None = None,
         next_token_logits: bool = False,
     ) -> Tensor:
         """Runs this stage of the policy.
@@ -55,15 +57,20 @@ class PolicyModel(GPTModel):
             position_ids: int64 [b, s].
             attention_mask: None for causal rows, or as `CausalAttention` describes.
             targets: The response tokens whose log-probs are wanted.
+            layout: Of a packed row (b is 1); under context parallelism s counts the tokens on this rank.
             next_token_logits: Ask for the logits after the last position instead.
 
         Returns:
             On all but the last stage the hidden states [s, b, h]; on the last one the sequence log-probs fp32
-            [num_responses], or logits fp32 [b, vocab_size].
+            [num_responses] ([3, num_responses] with diagnostics, see `head.sequence_log_probs`), or logits fp32
+            [b, vocab_size].
         """
         embedded = self.embedding(tokens, position_ids) if self.pre_process else None
         hidden: Tensor = self.decoder(
-            hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=self.rotary.angles(position_ids)
+            hidden_states=embedded,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self.rotary.angles(position_ids),
+            packed_seq_params=layout,
         )
         if not self.post_process:
             return hidden
@@ -71,7 +78,10 @@ class PolicyModel(GPTModel):
             return full_logits(hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size)
         if targets is None:
             raise ValueError("the last stage needs the responses whose log-probs it has to compute")
-        return self._sequence_log_probs(hidden, targets)
+        log_probs = self._sequence_log_probs(hidden, targets)
+        if layout is not None and layout.context.size > 1:
+            log_probs = _SumOverContext.apply(log_probs, layout.context.group)  # type: ignore[no-untyped-call]  # torch's
+        return log_probs
 
     def _sequence_log_probs(self, hidden: Tensor, targets: ResponseTargets) -> Tensor:
         # Both make the head's input whole on every rank in forward and sum its gradient over TP in backward, as each
@@ -80,9 +90,13 @@ class PolicyModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        predicting = hidden.flatten(0, 1).index_select(0, targets.positions)
-        log_probs = token_log_probs(predicting, self._output_weight(), targets.token_ids, self.vocabulary_shard())
-        return sum_by_response(log_probs, targets)
+        return sequence_log_probs(
+            hidden.flatten(0, 1),
+            self._output_weight(),
+            targets,
+            self.vocabulary_shard(),
+            weight_is_shared=self.share_embeddings_and_output_weights and self.pre_process,
+        )
 
     def _output_weight(self) -> Tensor:
         if self.share_embeddings_and_output_weights:
@@ -108,6 +122,24 @@ class PolicyModel(GPTModel):
                 if module.cache is not None:
                     caches.append(module.cache)
         return caches
+
+
+class _SumOverContext(torch.autograd.Function):
+    """Sums the log-probs of a response whose tokens are spread over CP.
+
+    Every CP rank then computes the same loss of the whole response; each passes the loss's gradient to its own tokens,
+    and the parameters' gradients are summed over CP with those of DP. So backward is the identity.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        total = values.double()  # so that the order of the ranks leaves no trace
+        dist.all_reduce(total, group=group)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def num_parameters(model: torch.nn.Module) -> int:

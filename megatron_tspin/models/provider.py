@@ -16,8 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.models.attention import CausalAttention, RMSNorm
 from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.rotary import RotaryFrequencies
+from megatron_tspin.platform import device
 
 ModelProvider = Callable[..., PolicyModel]
 
@@ -28,6 +30,8 @@ class PolicyConfig(TransformerConfig):
 
     sliding_window_keys: int | None = None
     """Keys that a query sees, itself included. megatron-core's `window_size` would make its softmax overwrite masks."""
+    packed_attention: str = "segments"
+    """Backend of `packed_attention.BACKENDS` for packed rows."""
 
 
 def transformer_config(
@@ -47,6 +51,7 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
         sliding_window_keys=architecture.sliding_window,
+        packed_attention=choose_backend(training.packed_attention, device()),
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
@@ -59,6 +64,7 @@ def transformer_config(
         bf16=training.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=training.recompute_granularity,
         recompute_method="uniform" if training.recompute_granularity == "full" else None,

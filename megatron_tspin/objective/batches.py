@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tspin.objective.rows import Pair, Rows, pad_rows, row_length
+from megatron_tspin.models.row_layout import WHOLE_ROW, ContextShare
+from megatron_tspin.objective.packing import Packing, Shape, WorkModel, plan_rows
+from megatron_tspin.objective.rows import Pair, PromptGroup, Rows, pack_row, pad_rows, row_length
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,15 @@ class Triplet:
     prompt: Sequence[int]
     responses: Mapping[str, Sequence[int]]
     reference: Mapping[str, float] | None = None
+
+    def shape(self) -> Shape:
+        """Its lengths."""
+        return Shape(len(self.prompt), tuple(len(response) for response in self.responses.values()))
+
+    def groups(self, share_prompts: bool) -> list[PromptGroup]:
+        """The prompt with all responses, or with each."""
+        responses = list(self.responses.values())
+        return [(self.prompt, responses)] if share_prompts else [(self.prompt, [each]) for each in responses]
 
     def pairs(self) -> list[Pair]:
         """The prompt with each response."""
@@ -53,49 +64,85 @@ class MicroBatch:
     stalled: Tensor
 
 
-def plan_micro_batches(
-    triplets: Sequence[Triplet],
-    roles: tuple[str, ...],
-    micro_batch_size: int,
-    replica: int,
-    replicas: int,
-    multiple: int,
-) -> tuple[list[MicroBatch], int]:
-    """The micro-batches of one replica; every replica gets as many, and all rows of the step are equally long.
+@dataclass(frozen=True)
+class BatchPlanner:
+    """Turns the triplets of a global batch into the micro-batches of one replica, by the configured layout of rows.
 
-    Args:
-        triplets: Of the global batch, in order, the same on every rank; at least one.
+    Attributes:
+        packing: How rows are packed; None pads them, a row a response.
+        work: Prices a triplet, to balance packed rows.
         roles: Roles to compute.
-        micro_batch_size: Triplets in a micro-batch.
+        micro_batch_size: Triplets in a padded micro-batch.
+        multiple: Row lengths are multiples of this.
         replica: This rank's place in DP.
         replicas: DP size.
-        multiple: Row lengths are a multiple of this.
-
-    Returns:
-        The micro-batches and the row length.
+        context: This rank's place in CP.
+        diagnostics: See `ResponseTargets`.
     """
-    length = row_length([pair for triplet in triplets for pair in triplet.pairs()], multiple)
-    parts = [triplets[i : i + micro_batch_size] for i in range(0, len(triplets), micro_batch_size)]
-    parts += [[]] * (-len(parts) % replicas)
-    return [_micro_batch(part, roles, micro_batch_size, length) for part in parts[replica::replicas]], length
 
+    packing: Packing | None
+    work: WorkModel
+    roles: tuple[str, ...]
+    micro_batch_size: int
+    multiple: int = 1
+    replica: int = 0
+    replicas: int = 1
+    context: ContextShare = WHOLE_ROW
+    diagnostics: bool = False
 
-def _micro_batch(triplets: Sequence[Triplet], roles: tuple[str, ...], size: int, length: int) -> MicroBatch:
-    shape = (len(triplets), len(roles))
-    lengths = torch.tensor([[len(t.responses[role]) for role in roles] for t in triplets], dtype=torch.float32)
-    reference = None
-    if any(triplet.reference for triplet in triplets):
-        values = [[(t.reference or {})[role] for role in roles] for t in triplets]
-        reference = torch.tensor(values, dtype=torch.float32)
-    return MicroBatch(
-        rows=pad_rows([pair for t in triplets for pair in t.pairs()], size * len(roles), length),
-        roles=roles,
-        num_triplets=len(triplets),
-        lengths=lengths.reshape(shape),
-        reference=reference,
-        identical=_same(triplets, "annotated", "synthetic"),
-        stalled=_same(triplets, "synthetic", "proto"),
-    )
+    def plan(self, triplets: Sequence[Triplet]) -> list[MicroBatch]:
+        """The micro-batches of this replica; every replica gets as many.
+
+        Args:
+            triplets: Of the global batch, in order, the same on every rank; at least one.
+        """
+        return self._padded(triplets) if self.packing is None else self._packed(triplets, self.packing)
+
+    def _packed(self, triplets: Sequence[Triplet], packing: Packing) -> list[MicroBatch]:
+        shapes = [triplet.shape() for triplet in triplets]
+        planned = plan_rows(shapes, packing, self.work, self.replicas)[self.replica]
+        return [
+            self._micro_batch(
+                members := [triplets[i] for i in row.members],
+                pack_row(
+                    [group for triplet in members for group in triplet.groups(packing.share_prompts)],
+                    row.length,
+                    self.context,
+                    self.diagnostics,
+                ),
+            )
+            for row in planned
+        ]
+
+    def _padded(self, triplets: Sequence[Triplet]) -> list[MicroBatch]:
+        size = self.micro_batch_size
+        length = row_length([pair for triplet in triplets for pair in triplet.pairs()], self.multiple)
+        parts = [triplets[i : i + size] for i in range(0, len(triplets), size)]
+        parts += [[]] * (-len(parts) % self.replicas)
+        return [
+            self._micro_batch(
+                part,
+                pad_rows([pair for t in part for pair in t.pairs()], size * len(self.roles), length, self.diagnostics),
+            )
+            for part in parts[self.replica :: self.replicas]
+        ]
+
+    def _micro_batch(self, triplets: Sequence[Triplet], rows: Rows) -> MicroBatch:
+        shape = (len(triplets), len(self.roles))
+        lengths = torch.tensor([[len(t.responses[role]) for role in self.roles] for t in triplets], dtype=torch.float32)
+        reference = None
+        if any(triplet.reference for triplet in triplets):
+            values = [[(t.reference or {})[role] for role in self.roles] for t in triplets]
+            reference = torch.tensor(values, dtype=torch.float32)
+        return MicroBatch(
+            rows=rows,
+            roles=self.roles,
+            num_triplets=len(triplets),
+            lengths=lengths.reshape(shape),
+            reference=reference,
+            identical=_same(triplets, "annotated", "synthetic"),
+            stalled=_same(triplets, "synthetic", "proto"),
+        )
 
 
 def _same(triplets: Sequence[Triplet], first: str, second: str) -> Tensor:

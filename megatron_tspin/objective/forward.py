@@ -17,6 +17,7 @@ from megatron_tspin.config import ObjectiveSection
 from megatron_tspin.objective.batches import MicroBatch
 from megatron_tspin.objective.losses import ACTIVE_MARGIN, TripletLosses, triplet_losses
 from megatron_tspin.objective.roles import ROLES
+from megatron_tspin.objective.rows import Rows
 from megatron_tspin.platform import device
 
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -36,9 +37,15 @@ SUMMED = (
     "identical_share",
     "teaching",
     "tokens",
+    "places",
+    "used",
+    "prompt_tokens",
+    "prompt_places",
+    *(f"entropy_{role}" for role in ROLES),
+    *(f"top_{role}" for role in ROLES),
 )
-"""What `loss_func` sums over the triplets of a micro-batch, in this order. `teaching` counts the triplets that can
-move the policy at all; `tokens` counts tokens that are not padding."""
+"""What `loss_func` sums over a micro-batch, in this order. `teaching` counts the triplets that can move the policy at
+all; for tokens and places see `Rows`; `entropy` and `top` (with diagnostics) are sums over response tokens."""
 
 
 def make_forward_step(objective: ObjectiveSection, beta: float) -> ForwardStep:
@@ -46,18 +53,19 @@ def make_forward_step(objective: ObjectiveSection, beta: float) -> ForwardStep:
 
     def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunc]:
         batch = next(data_iterator)
-        return run_rows(batch, model), partial(loss_func, batch, objective, beta)
+        return run_rows(batch.rows, model), partial(loss_func, batch, objective, beta)
 
     return forward_step
 
 
-def run_rows(batch: MicroBatch, model: Any) -> Tensor:
+def run_rows(rows: Rows, model: Any) -> Tensor:
     """The policy's output for a micro-batch: sequence log-probs on the last stage."""
-    place, rows = device(), batch.rows
+    place = device()
     output: Tensor = model(
         rows.tokens.to(place, non_blocking=True),
         rows.position_ids.to(place, non_blocking=True),
         targets=rows.targets.to(place),
+        layout=rows.layout,
     )
     return output
 
@@ -71,21 +79,24 @@ def loss_func(
         batch: The micro-batch that was run.
         objective: The method.
         beta: Of this self-play iteration.
-        sequence_log_probs: fp32 [num_triplets * len(batch.roles)].
+        sequence_log_probs: fp32 [num_triplets * len(batch.roles)], or the three rows of the head's diagnostics.
 
     Returns:
         The loss summed over triplets, the number of triplets (int), and the sums of `SUMMED` (float64, no gradient).
+        Under context parallelism every rank has the whole loss, and only the first one counts the triplets.
     """
     place = sequence_log_probs.device
-    matrix = sequence_log_probs.view(batch.num_triplets, len(batch.roles))
-    log_probs = dict(zip(batch.roles, matrix.unbind(1), strict=True))
+    values = sequence_log_probs.view(-1, batch.num_triplets, len(batch.roles))
+    log_probs = dict(zip(batch.roles, values[0].unbind(1), strict=True))
     reference = None
     if batch.reference is not None:
         reference = dict(zip(batch.roles, batch.reference.to(place).unbind(1), strict=True))
     losses = triplet_losses(objective, beta, log_probs, reference, batch.lengths[:, 0].to(place))
-    count = torch.tensor(batch.num_triplets, dtype=torch.int, device=place)
+    layout = batch.rows.layout
+    counts = layout is None or layout.context.rank == 0
+    count = torch.tensor(batch.num_triplets if counts else 0, dtype=torch.int, device=place)
     with torch.no_grad():
-        sums = _sums(batch, objective, beta, log_probs, losses)
+        sums = _sums(batch, objective, beta, log_probs, losses, values[1:].detach())
     return losses.loss.sum(), count, sums
 
 
@@ -95,18 +106,26 @@ def _sums(
     beta: float,
     log_probs: dict[str, Tensor],
     losses: TripletLosses,
+    diagnostics: Tensor,
 ) -> Tensor:
-    place = losses.loss.device
+    """The values of `SUMMED`; `diagnostics` is [0 or 2, num_triplets, roles]."""
+    place, rows = losses.loss.device, batch.rows
     values: dict[str, Tensor | float] = {
         "num_triplets": float(batch.num_triplets),
         "loss": losses.loss,
-        "tokens": float(batch.rows.num_tokens),
+        "tokens": float(rows.num_tokens),
+        "places": float(rows.places),
+        "used": float(rows.used),
+        "prompt_tokens": float(rows.prompt_tokens),
+        "prompt_places": float(rows.prompt_places),
         "identical_share": batch.identical.to(place),
         "teaching": _teaching(batch, objective, beta, losses),
     }
     values |= {f"log_prob_{role}": value for role, value in log_probs.items()}
     values |= {f"reward_{role}": value for role, value in losses.rewards.items()}
     values |= {f"tokens_{role}": batch.lengths[:, i] for i, role in enumerate(batch.roles)}
+    for name, of_roles in zip(("entropy", "top"), diagnostics, strict=False):
+        values |= {f"{name}_{role}": of_roles[:, i] for i, role in enumerate(batch.roles)}
     scale = objective.spin_lambda if objective.method == "spin" else objective.alpha
     if losses.current_margin is not None:
         values["current_advantage"] = losses.current_margin / scale

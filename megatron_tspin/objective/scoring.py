@@ -4,73 +4,130 @@
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_tspin.log import progress_bar
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.objective.rows import Pair, Rows, pad_rows, row_length
+from megatron_tspin.models.row_layout import ContextShare
+from megatron_tspin.objective.forward import run_rows
+from megatron_tspin.objective.packing import Packing, Shape, plan_rows, work_model
+from megatron_tspin.objective.rows import Pair, Rows, pack_row
 from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
 from megatron_tspin.platform import device
 
-_MICRO_BATCHES_PER_STAGE = 4
+_ROWS_PER_STAGE = 4
+_ROW_TOKENS = 4096
 
 
 def score_pairs(
     model: PolicyModel,
     topology: Topology,
     pairs: Sequence[Pair],
-    rows_per_batch: int = 8,
+    row_tokens: int = _ROW_TOKENS,
     description: str | None = None,
 ) -> list[float]:
     """Computes log pi(response given prompt) of each pair, the same list on every rank.
 
+    Rows are packed; neighbours with the same prompt share it.
+
     Args:
         model: This rank's part of the policy.
-        topology: The layout; pairs are spread over DP and pipelined over PP.
-        pairs: Prompt ids (one or more) and response ids.
-        rows_per_batch: Pairs in one forward pass.
+        topology: The layout; rows are spread over DP and pipelined over PP.
+        pairs: Prompt ids (one or more) and response ids (one or more).
+        row_tokens: Most tokens of a row; a longer prompt and response gets a row of its own.
         description: Draws a progress bar with this text.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     scores = torch.zeros(len(pairs), dtype=torch.float64, device=device())
-    chunk = rows_per_batch * _MICRO_BATCHES_PER_STAGE * topology.pp_size
-    starts = list(range(0, len(pairs), chunk))[topology.dp_rank :: topology.dp_size]
-    mine = sum(len(pairs[start : start + chunk]) for start in starts)
-    run_schedule = get_forward_backward_func()
-    with torch.no_grad(), progress_bar(description or "", mine, "response", _draws(description, topology)) as bar:
-        for start in starts:
-            part = pairs[start : start + chunk]
-            length = row_length(part, topology.tp_size)
-            groups = [part[i : i + rows_per_batch] for i in range(0, len(part), rows_per_batch)]
-            outputs = run_schedule(
-                forward_step_func=_forward_step,
-                data_iterator=iter([pad_rows(group, rows_per_batch, length) for group in groups]),
-                model=[model],
-                num_microbatches=len(groups),
-                seq_length=length,
-                micro_batch_size=rows_per_batch,
-                forward_only=True,
-                collect_non_loss_data=True,
+    work = work_model(model.architecture)
+    draws = description is not None and topology.speaks
+    with torch.no_grad(), progress_bar(description or "", len(pairs), "response", draws) as bar:
+        for groups in _portions(_shared(pairs), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size):
+            shapes = [group.shape for group in groups]
+            packing = Packing(
+                capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
+                multiple=topology.row_multiple,
+                uniform=topology.pp_size > 1,
             )
+            planned = plan_rows(shapes, packing, work, topology.dp_size)[topology.dp_rank]
+            members = [[groups[i] for i in row.members] for row in planned]
+            rows = [
+                pack_row([(group.prompt, group.responses) for group in each], row.length, _context(topology))
+                for each, row in zip(members, planned, strict=True)
+            ]
+            outputs = _run(model, rows)
             if topology.is_last_stage:
-                scores[start : start + len(part)] = torch.cat(outputs).double()
-            bar.update(len(part))
+                indices = [index for each in members for group in each for index in group.indices]
+                scores[torch.tensor(indices, dtype=torch.int64, device=device())] = torch.cat(outputs).double()
+            bar.update(sum(len(group.responses) for group in groups))
     broadcast_from_last_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values
 
 
-def _draws(description: str | None, topology: Topology) -> bool:
-    return description is not None and topology.speaks
+@dataclass(frozen=True)
+class _SharedPrompt:
+    """Neighbouring pairs with the same prompt, and their places in the list."""
+
+    prompt: Sequence[int]
+    responses: list[Sequence[int]]
+    indices: list[int]
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.prompt), tuple(len(response) for response in self.responses))
+
+
+def _shared(pairs: Sequence[Pair]) -> list[_SharedPrompt]:
+    found: list[_SharedPrompt] = []
+    for index, (prompt, response) in enumerate(pairs):
+        if not found or list(found[-1].prompt) != list(prompt):
+            found.append(_SharedPrompt(prompt, [], []))
+        found[-1].responses.append(response)
+        found[-1].indices.append(index)
+    return found
+
+
+def _portions(groups: Sequence[_SharedPrompt], tokens: int) -> Iterator[list[_SharedPrompt]]:
+    """Groups in order, about `tokens` at a time: as much as one run of the schedule takes."""
+    portion: list[_SharedPrompt] = []
+    held = 0
+    for group in groups:
+        size = group.shape.row_tokens(True)
+        if portion and held + size > tokens:
+            yield portion
+            portion, held = [], 0
+        portion.append(group)
+        held += size
+    if portion:
+        yield portion
+
+
+def _context(topology: Topology) -> ContextShare:
+    return ContextShare(topology.cp_rank, topology.cp_size, topology.cp_group)
+
+
+def _run(model: PolicyModel, rows: list[Rows]) -> list[Tensor]:
+    """The sequence log-probs of each row, on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    outputs: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iter(rows),
+        model=[model],
+        num_microbatches=len(rows),
+        seq_length=rows[0].row_length,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs
 
 
 def _forward_step(data_iterator: Iterator[Rows], model: PolicyModel) -> tuple[Tensor, object]:
-    rows, place = next(data_iterator), device()
-    output = model(rows.tokens.to(place), rows.position_ids.to(place), targets=rows.targets.to(place))
-    return output, _keep
+    return run_rows(next(data_iterator), model), _keep
 
 
 def _keep(sequence_log_probs: Tensor, non_loss_data: bool) -> Tensor:

@@ -13,9 +13,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_tspin.config import Config
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.log import get_logger, progress_bar
+from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.objective.batches import Triplet, plan_micro_batches
+from megatron_tspin.models.row_layout import ContextShare
+from megatron_tspin.objective.batches import BatchPlanner, Triplet
 from megatron_tspin.objective.forward import SUMMED, make_forward_step
+from megatron_tspin.objective.packing import row_packing, work_model
 from megatron_tspin.objective.roles import computed_roles
 from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
 from megatron_tspin.platform import device
@@ -56,6 +59,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.roles = computed_roles(self.config.objective.method, iteration_beta(self.config, self.iteration))
+        self.planner = batch_planner(self.config, self.roles, self.topology, self.policy.module.architecture)
         self._forward_step = make_forward_step(self.config.objective, iteration_beta(self.config, self.iteration))
         self._run_schedule = get_forward_backward_func()
 
@@ -66,7 +70,7 @@ class Trainer:
             DivergenceError: The loss or the gradient is not finite; no update was made.
         """
         started = time.perf_counter()
-        sums = self._forward_backward(triplets)
+        sums = self.forward_backward(triplets)
         totals = dict(zip(SUMMED, sums.tolist(), strict=True))
         norm = gradient_norm(self.optimizer)
         self._refuse_divergence(totals["loss"], norm, triplets)
@@ -88,18 +92,25 @@ class Trainer:
                 "update_skipped": not teaches,
                 "seconds": time.perf_counter() - started,
             },
+            self.config.training.diagnostics,
         )
 
-    def _forward_backward(self, triplets: list[Triplet]) -> torch.Tensor:
-        """Runs the micro-batches; returns the sums of the global batch on every rank."""
-        micro_batches, length = plan_micro_batches(
-            triplets,
-            self.roles,
-            self.config.training.micro_batch_size,
-            replica=self.topology.dp_rank,
-            replicas=self.topology.dp_size,
-            multiple=self.topology.tp_size if self.topology.sequence_parallel else 1,
-        )
+    def whole_policy(self) -> PolicyModel:
+        """The bare policy with every update in its parameters, to be saved or exported; all ranks call it."""
+        if self.config.parallel.overlap_param_gather:
+            # The gather of the last update still waits for the next forward pass.
+            self.policy.disable_forward_pre_hook(param_sync=True)
+            self.policy.enable_forward_pre_hook()
+        policy: PolicyModel = self.policy.module
+        return policy
+
+    def forward_backward(self, triplets: list[Triplet]) -> torch.Tensor:
+        """Runs the micro-batches of a global batch and leaves the gradients of its mean loss; makes no update.
+
+        Returns:
+            The sums of `SUMMED` over the global batch, float64, on every rank.
+        """
+        micro_batches = self.planner.plan(triplets)
         self.policy.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run_schedule(
@@ -107,7 +118,7 @@ class Trainer:
             data_iterator=iter(micro_batches),
             model=[self.policy],
             num_microbatches=len(micro_batches),
-            seq_length=length,
+            seq_length=micro_batches[0].rows.row_length,
             micro_batch_size=micro_batches[0].rows.tokens.shape[0],
             forward_only=False,
         )
@@ -146,13 +157,35 @@ class Trainer:
                 bar.update()
 
 
+def batch_planner(
+    config: Config, roles: tuple[str, ...], topology: Topology, architecture: Architecture
+) -> BatchPlanner:
+    """The configured way from triplets to this rank's micro-batches."""
+    return BatchPlanner(
+        packing=row_packing(config),
+        work=work_model(architecture),
+        roles=roles,
+        micro_batch_size=config.training.micro_batch_size,
+        multiple=topology.row_multiple,
+        replica=topology.dp_rank,
+        replicas=topology.dp_size,
+        context=ContextShare(topology.cp_rank, topology.cp_size, topology.cp_group),
+        diagnostics=config.training.diagnostics,
+    )
+
+
 def build_trainer(config: Config, iteration: int, topology: Topology, model: PolicyModel, num_steps: int) -> Trainer:
     """Wraps a loaded policy for training."""
     # DDP keeps gradients in fp32 buffers whatever the parameters' type.
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     policy = DistributedDataParallel(model.config, ddp_config, model)
+    if config.parallel.overlap_grad_reduce:
+        model.config.no_sync_func = policy.no_sync
     optimizer = build_optimizer(policy, config.optimizer, config.parallel, config.training)
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss

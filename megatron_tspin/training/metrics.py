@@ -17,13 +17,16 @@ _log = get_logger(__name__)
 _PAIR_METRICS = ("current_advantage", "current_margin", "active_share", "mean_slope", "identical_share")
 
 
-def step_metrics(sums: Tensor, roles: tuple[str, ...], measured: dict[str, Any]) -> StepMetrics:
+def step_metrics(
+    sums: Tensor, roles: tuple[str, ...], measured: dict[str, Any], diagnostics: bool = False
+) -> StepMetrics:
     """Divides the sums by the number of triplets; what the method does not compute becomes None.
 
     Args:
         sums: float64 [len(SUMMED)], over the global batch.
         roles: The roles that were computed.
         measured: The other fields of `StepMetrics`.
+        diagnostics: Whether the head measured entropy and top-1 agreement.
     """
     totals = dict(zip(SUMMED, sums.tolist(), strict=True))
     count = totals["num_triplets"]
@@ -35,8 +38,14 @@ def step_metrics(sums: Tensor, roles: tuple[str, ...], measured: dict[str, Any])
     for name in _PAIR_METRICS:
         fields[name] = totals[name] / count if "synthetic" in roles else None
     fields["historical_advantage"] = totals["historical_advantage"] / count if "proto" in roles else None
-    tokens_per_second = totals["tokens"] / measured["seconds"]
-    return StepMetrics(**fields, **measured, tokens_per_second=tokens_per_second)
+    for role in ROLES:
+        for quantity in ("entropy", "top"):
+            known = diagnostics and role in roles
+            fields[f"{quantity}_{role}"] = totals[f"{quantity}_{role}"] / totals[f"tokens_{role}"] if known else None
+    fields["tokens_per_second"] = totals["tokens"] / measured["seconds"]
+    fields["packing_efficiency"] = totals["used"] / totals["places"]
+    fields["prompt_share_saved"] = 1.0 - totals["prompt_places"] / totals["prompt_tokens"]
+    return StepMetrics(**fields, **measured)
 
 
 class MetricsWriter:

@@ -100,7 +100,7 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
     finished = trainer.done == trainer.num_steps
     save_checkpoint(
         step_folder(checkpoints, trainer.done),
-        trainer.policy.module,
+        trainer.whole_policy(),
         trainer.topology,
         optimizer=None if finished else trainer.optimizer,
         state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},

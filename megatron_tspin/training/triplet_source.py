@@ -7,10 +7,15 @@ from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
-from megatron_tspin.data.triplets import GlobalBatchSampler, open_role_documents, steps_per_iteration
+from megatron_tspin.data.triplets import PROMPT, GlobalBatchSampler, open_role_documents, steps_per_iteration
+from megatron_tspin.log import get_logger
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.batches import Triplet
+from megatron_tspin.objective.packing import Packing, Shape, check_capacity, row_packing, truncated, work_model
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file
+
+_log = get_logger(__name__)
 
 
 class TripletSource:
@@ -20,6 +25,9 @@ class TripletSource:
         config: The run.
         iteration: Self-play iteration.
         roles: Roles to read, in order.
+
+    Raises:
+        InputError: A triplet does not fit into a packed row; see `--tspin-over-capacity`.
     """
 
     def __init__(self, config: Config, iteration: int, roles: tuple[str, ...]) -> None:
@@ -31,7 +39,14 @@ class TripletSource:
         self._ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
         batch_size = config.training.global_batch_size
         count = self._documents.num_examples
-        self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration)
+        packing = row_packing(config)
+        self._shapes = self._fitting(packing, config.training.over_capacity)
+        costs = None
+        if config.training.data_order == "balanced":
+            work = work_model(read_architecture(Path(config.model.hf_checkpoint)))
+            shares = packing is not None and packing.share_prompts
+            costs = [work.training(shape, shares) for shape in self._shapes]
+        self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration, costs)
         self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)
         self.reference: Sequence[Mapping[str, float]] | None = None
         """log pi_t by role for each example, where the method has a reference."""
@@ -53,9 +68,35 @@ class TripletSource:
         return Triplet(
             id=self._ids[index],
             prompt=self._documents.prompt(index),
-            responses={role: self._documents.response(role, index) for role in self._roles},
+            responses={
+                role: self._documents.response(role, index)[:length]
+                for role, length in zip(self._roles, self._shapes[index].responses, strict=True)
+            },
             reference=self.reference[index] if self.reference is not None else None,
         )
+
+    def _fitting(self, packing: Packing | None, over_capacity: str) -> list[Shape]:
+        """The lengths of every triplet, cut to the capacity of a packed row where that was asked for.
+
+        Raises:
+            InputError: A triplet is longer than a packed row; names its prompt.
+        """
+        lengths = zip(*(self._documents.lengths(role).tolist() for role in self._roles), strict=True)
+        prompts = self._documents.lengths(PROMPT).tolist()
+        shapes = [Shape(prompt, responses) for prompt, responses in zip(prompts, lengths, strict=True)]
+        if packing is None:
+            return shapes
+        if over_capacity == "refuse":
+            check_capacity(shapes, self._ids, packing)
+            return shapes
+        cut = [truncated(shape, packing) for shape in shapes]
+        changed = [identifier for identifier, old, new in zip(self._ids, shapes, cut, strict=True) if old != new]
+        if changed:
+            _log.warning(
+                "responses of %d of %d triplets were cut to fit into rows of %d tokens: prompts %s",
+                len(changed), len(shapes), packing.capacity, ", ".join(changed),
+            )  # fmt: skip
+        return cut
 
 
 def _stems(folder: RunFolder, iteration: int, roles: tuple[str, ...]) -> dict[str, Path]:

@@ -10,7 +10,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "recompute_full": {"training.recompute_granularity": "full"},
     "recompute_selective": {"training.recompute_granularity": "selective"},
-    "micro_batch_8": {"training.micro_batch_size": 8},
+    "one_row": {"training.row_capacity": 512},
+    "unshared": {"training.share_prompts": False, "training.row_capacity": 80},
+    "dense": {"training.packed_attention": "dense"},
+    "padded": {"training.layout": "padded"},
+    "padded_micro_batch_8": {"training.layout": "padded", "training.micro_batch_size": 8},
     "tp2": {"parallel.tensor_model_parallel_size": 2},
     "tp2_sp": {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True},
     "tp2_sp_recompute": {
@@ -19,8 +23,24 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "training.recompute_granularity": "full",
     },
     "pp2": {"parallel.pipeline_model_parallel_size": 2},
+    "pp2_padded": {"parallel.pipeline_model_parallel_size": 2, "training.layout": "padded"},
+    "cp2": {"parallel.context_parallel_size": 2},
+    "cp2_recompute": {"parallel.context_parallel_size": 2, "training.recompute_granularity": "full"},
+    "cp2_distributed_optimizer": {"parallel.context_parallel_size": 2, "parallel.use_distributed_optimizer": True},
+    "cp2_tp2_sp": {
+        "parallel.context_parallel_size": 2,
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": True,
+    },
     "dp2": {"parallel.data_parallel_size": 2},
     "dp2_distributed_optimizer": {"parallel.data_parallel_size": 2, "parallel.use_distributed_optimizer": True},
+    "dp2_overlap_grad_reduce": {"parallel.data_parallel_size": 2, "parallel.overlap_grad_reduce": True},
+    "dp2_overlap_param_gather": {
+        "parallel.data_parallel_size": 2,
+        "parallel.overlap_grad_reduce": True,
+        "parallel.overlap_param_gather": True,
+        "parallel.use_distributed_optimizer": True,
+    },
     "tp2_pp2": {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -40,7 +60,7 @@ def assert_same(found: tuple[list[float], dict[str, Any]], expected: tuple[list[
         assert error < 1e-5, f"{name}: relative difference {error:.2e}"
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp1", "padded", "tp2", "tp2_sp", "pp2", "cp2", "tp2_pp2", "dp2"])
 @pytest.mark.parametrize("kind", ["tied", "untied", "llama3_rope", "mistral_window"])
 def test_log_probs_and_gradients(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint(kind), **LAYOUTS[layout])
@@ -91,7 +111,7 @@ def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_
     assert_same((losses, weights(tmp_path / "out")), judged(kind, {}))
 
 
-@pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2_sp", "dp2_distributed_optimizer"])
+@pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2_sp", "cp2", "dp2_overlap_param_gather"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_resuming_changes_no_bit(layout: str, optimizer: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint("tied"), **LAYOUTS[layout], **{"optimizer.optimizer": optimizer})

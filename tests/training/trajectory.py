@@ -26,6 +26,7 @@ def make_config(folder: Path, **settings: Any) -> Config:
         "objective.beta": 0.3,
         "optimizer.lr": 1e-5,
         "training.micro_batch_size": 2,
+        "training.row_capacity": 64,  # a few rows a step
         "training.global_batch_size": 8,
     }
     return load_config(None, {**defaults, **settings})
@@ -78,11 +79,11 @@ def train(config: Config, export: Path, stop_after: int | None = None) -> list[f
         losses = _steps(trainer, config, stop_after or NUM_STEPS)
         if stop_after is not None:
             saved = export.with_name(export.name + "_checkpoint")
-            save_checkpoint(saved, trainer.policy.module, topology, trainer.optimizer, {"step": trainer.done})
+            save_checkpoint(saved, trainer.whole_policy(), topology, trainer.optimizer, {"step": trainer.done})
             trainer = _trainer(config, topology)
             trainer.done = load_checkpoint(saved, trainer.policy.module, topology, trainer.optimizer)["step"]
             losses += _steps(trainer, config, NUM_STEPS)
-        export_hf(trainer.policy.module, topology, Path(config.model.hf_checkpoint), export)
+        export_hf(trainer.whole_policy(), topology, Path(config.model.hf_checkpoint), export)
         return losses
 
 
@@ -97,9 +98,9 @@ def gradients(config: Config, export: Path) -> list[float]:
     with in_layout(config.parallel) as topology:
         trainer = _trainer(config, topology)
         batch = for_method(triplets_of(0), trainer.roles, has_reference(config.objective.method))
-        trainer._forward_backward(batch)
+        trainer.forward_backward(batch)
         policy = trainer.policy.module
-        log_probs = score_pairs(policy, topology, [pair for triplet in batch for pair in triplet.pairs()], 3)
+        log_probs = score_pairs(policy, topology, [pair for triplet in batch for pair in triplet.pairs()], 64)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.copy_(parameter.main_grad)
