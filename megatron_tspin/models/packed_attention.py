@@ -122,8 +122,9 @@ class _SegmentAttention(torch.autograd.Function):
                 o[:, :, here], log_sum_exp[:, :, here] = part, part_lse
             else:
                 joined = torch.logaddexp(log_sum_exp[:, :, here], part_lse)
-                # before * (1 - share) + part * share
-                o[:, :, here].lerp_(part, torch.exp(part_lse - joined)[..., None].to(part.dtype))
+                # Both shares from the log-sum-exps: 1 - share would lose the digits of a small one.
+                before = torch.exp(log_sum_exp[:, :, here] - joined)[..., None]
+                o[:, :, here].mul_(before).add_(part * torch.exp(part_lse - joined)[..., None])
                 log_sum_exp[:, :, here] = joined
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         ctx.blocks, ctx.scale = blocks, scale

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.models.attention import CausalAttention, RMSNorm
+from megatron_tspin.models.gated_activation import GatedSiLU
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
@@ -56,6 +57,7 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # in truth: take the activation that the layer spec names
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -119,5 +121,6 @@ def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockS
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.submodules.core_attention = CausalAttention
+    parts.mlp.submodules.activation_func = GatedSiLU
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -44,13 +44,7 @@ def parity(folder: Path, layout: ParallelSection) -> float:
         return check_parity(model, topology, folder, read_sentences(folder, None), bound=5e-6)
 
 
-# Strict: once it agrees, this test fails until the mark is gone.
-_TP3_MISSES = pytest.mark.xfail(
-    strict=True, reason="5.45e-6 measured on `17 + 25 = 42`, log-prob -6.2; the bound is 5e-6"
-)
-
-
-@pytest.mark.parametrize("layout", ["tp1", pytest.param("tp3", marks=_TP3_MISSES), "pp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_are_those_of_transformers(layout: str, smollm2: Path, ranks: Any) -> None:
     differences = ranks(LAYOUTS[layout].world_size).run(parity, smollm2, LAYOUTS[layout], timeout=400)
     assert max(differences) < 5e-6

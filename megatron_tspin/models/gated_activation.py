@@ -1,0 +1,43 @@
+"""SwiGLU between the two halves of the MLP, in one step each way."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class GatedSiLU(torch.nn.Module):
+    """silu(gate) * up, for [..., 2 f] holding gate and up side by side; returns [..., f].
+
+    megatron-core writes it as a chain of operations, of which autograd keeps the intermediates and joins two gradients by
+    a copy. This one keeps its input alone.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        """Takes what megatron-core builds an activation with."""
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Activates."""
+        out: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]  # torch's
+        return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_and_up)
+        for_gate, for_up = result.chunk(2, dim=-1)
+        torch.mul(gradients[0], F.silu(gate), out=for_up)
+        torch.mul(gradients[0], up, out=for_gate)
+        for_gate.copy_(torch.ops.aten.silu_backward(for_gate, gate))
+        return result
