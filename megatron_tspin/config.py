@@ -188,6 +188,12 @@ class ParallelSection(Section):
     pipeline_model_parallel_size: int = setting(
         1, "--pipeline-model-parallel-size", "PP: ranks that split the stack of layers.", ge=1
     )
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None,
+        "--num-virtual-stages-per-pipeline-rank",
+        "Groups of layers on each PP rank, passed through in turn, for a smaller pipeline bubble.",
+        ge=2,
+    )
     data_parallel_size: int = setting(1, "--tspin-data-parallel-size", "DP: replicas of the policy.", ge=1)
     context_parallel_size: int = setting(
         1, "--context-parallel-size", "CP: ranks that share each packed row, for long answers.", ge=1
@@ -224,10 +230,26 @@ class ParallelSection(Section):
         chunks = 2 * context if context > 1 else 1
         return math.lcm(_ROW_UNIT, chunks, context * tensor if self.sequence_parallel else 1)
 
+    @property
+    def num_virtual_stages(self) -> int:
+        """Groups of layers that a rank holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def rows_multiple(self) -> int:
+        """What the number of rows of a replica has to be a multiple of: virtual stages take PP rows at a time."""
+        return self.pipeline_model_parallel_size if self.num_virtual_stages > 1 else 1
+
+    def whole_stages(self) -> "ParallelSection":
+        """The same ranks with the layers of each in one piece, for stages that only read or write weights."""
+        return self.model_copy(update={"virtual_pipeline_model_parallel_size": None})
+
     @model_validator(mode="after")
     def _options_have_what_they_need(self) -> "ParallelSection":
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
         return self
@@ -295,6 +317,8 @@ class Config(Section):
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
                 f"micro_batch_size x data_parallel_size ({training.micro_batch_size} x {data_parallel})"
             )
+        if training.layout == "padded" and self.parallel.num_virtual_stages > 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs training.layout = packed")
         if training.layout == "padded" and self.parallel.context_parallel_size > 1:
             raise ValueError("context_parallel_size above 1 needs training.layout = packed")
         if self.generation.max_new_tokens >= self.data.seq_length:
@@ -307,8 +331,11 @@ class Config(Section):
     @property
     def row_capacity(self) -> int:
         """Most tokens of a packed row."""
-        training = self.training
-        return training.row_capacity or max(training.micro_batch_size, _MOST_ROLES) * self.data.seq_length
+        training, multiple = self.training, self.parallel.row_multiple
+        if training.row_capacity is not None:
+            return training.row_capacity
+        # Rounded up, as rows are cut down to their multiple and have to hold any triplet.
+        return -(-max(training.micro_batch_size, _MOST_ROLES) * self.data.seq_length // multiple) * multiple
 
     def generation_layout(self) -> ParallelSection:
         """The layout of the stages that only run the policy forward: training's, with generation's overrides."""

@@ -35,9 +35,13 @@ class Topology:
     cp_rank: int
     cp_size: int
     cp_group: dist.ProcessGroup
+    num_virtual_stages: int
+    """Groups of layers that this rank holds."""
     sequence_parallel: bool
     row_multiple: int
     """See `ParallelSection.row_multiple`."""
+    rows_multiple: int
+    """See `ParallelSection.rows_multiple`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -93,6 +97,7 @@ def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
@@ -111,8 +116,10 @@ def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=layout.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
+        num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
         row_multiple=layout.row_multiple,
+        rows_multiple=layout.rows_multiple,
     )
 
 

@@ -8,7 +8,7 @@ every sampled response come from the seed of the run.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -41,9 +41,11 @@ from megatron_tspin.platform import device
 from megatron_tspin.storage import fsync_path
 
 __all__ = [
+    "build_chunks",
     "build_policy",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_chunks",
     "load_policy",
     "save_checkpoint",
     "verify_checkpoint",
@@ -58,11 +60,28 @@ def build_policy(
     Raises:
         InputError: The layout does not fit the architecture.
     """
+    (model,) = build_chunks(architecture, parallel, training, topology)
+    return model
+
+
+def build_chunks(
+    architecture: Architecture, parallel: ParallelSection, training: TrainingSection, topology: Topology
+) -> list[PolicyModel]:
+    """As `build_policy`, a model for each virtual stage of this rank, in the order of its layers."""
     architecture.check_layout(parallel)
     provide = make_model_provider(architecture, parallel, training)
-    model = provide(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
-    model.to(device())
-    return model
+    last = topology.num_virtual_stages - 1
+    chunks = [
+        provide(
+            pre_process=topology.is_first_stage and stage == 0,
+            post_process=topology.is_last_stage and stage == last,
+            vp_stage=stage if last else None,
+        )
+        for stage in range(last + 1)
+    ]
+    for chunk in chunks:
+        chunk.to(device())
+    return chunks
 
 
 def load_policy(
@@ -73,15 +92,27 @@ def load_policy(
     folder: Path,
 ) -> PolicyModel:
     """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
-    model = build_policy(architecture, parallel, training, topology)
-    load_checkpoint(folder, model, topology)
+    (model,) = load_chunks(architecture, parallel, training, topology, folder)
     return model
+
+
+def load_chunks(
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    topology: Topology,
+    folder: Path,
+) -> list[PolicyModel]:
+    """As `load_policy`, a model for each virtual stage of this rank."""
+    chunks = build_chunks(architecture, parallel, training, topology)
+    load_checkpoint(folder, chunks, topology)
+    return chunks
 
 
 @torch.no_grad()
 def save_checkpoint(
     folder: Path,
-    model: torch.nn.Module,
+    model: torch.nn.Module | Sequence[torch.nn.Module],
     topology: Topology,
     optimizer: Any = None,
     state: Mapping[str, Any] | None = None,
@@ -90,7 +121,7 @@ def save_checkpoint(
 
     Args:
         folder: Where to.
-        model: `PolicyModel`, bare or in megatron-core's DistributedDataParallel.
+        model: `PolicyModel`, bare or in megatron-core's DistributedDataParallel, or those of all virtual stages.
         topology: This rank's place.
         optimizer: megatron-core's optimizer of the model, to continue from; None leaves it out.
         state: Small and JSON-able; `load_checkpoint` gives it back.
@@ -98,9 +129,9 @@ def save_checkpoint(
     Raises:
         StageError: A rank could not write, e.g. to a full disk; what was there before is untouched.
     """
-    policy = _bare(model)
-    tensors = _model_state(policy)
-    facts = _facts(policy, topology)
+    policies = _bare(model)
+    tensors = _model_state(policies)
+    facts = _facts(policies[0], topology)
     if optimizer is not None:
         facts["optimizer"] = describe_optimizer(optimizer)
         tensors = tensors | sharded_state(optimizer, tensors)
@@ -148,7 +179,12 @@ def _all_files(folder: Path, topology: Topology) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, model: torch.nn.Module, topology: Topology, optimizer: Any = None) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path,
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    topology: Topology,
+    optimizer: Any = None,
+) -> dict[str, Any]:
     """Loads a checkpoint into the policy, whatever layout it was saved under. Values are cast to the parameters' dtype.
 
     Every file is checked against the manifest before any is opened.
@@ -167,9 +203,9 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, topology: Topology, op
         InputError: It is of another architecture, or has no optimizer that this one could continue from.
     """
     manifest = _verify(folder, topology)
-    policy = _bare(model)
-    _check_architecture(folder, policy.architecture, manifest["facts"]["architecture"])
-    tensors = _model_state(policy)
+    policies = _bare(model)
+    _check_architecture(folder, policies[0].architecture, manifest["facts"]["architecture"])
+    tensors = _model_state(policies)
     parameters = {name: leaf.data for name, leaf in tensors.items()}
     plan = None
     wanted = dict(tensors)
@@ -210,19 +246,20 @@ def _verify(folder: Path, topology: Topology) -> dict[str, Any]:
     return manifest
 
 
-def _bare(model: torch.nn.Module) -> PolicyModel:
-    inner = model if isinstance(model, PolicyModel) else model.module
-    assert isinstance(inner, PolicyModel), f"no policy in {type(model).__name__}"
-    return inner
+def _bare(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[PolicyModel]:
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    bare: list[Any] = [chunk if isinstance(chunk, PolicyModel) else chunk.module for chunk in chunks]
+    assert all(isinstance(chunk, PolicyModel) for chunk in bare), f"no policy in {type(model).__name__}"
+    return bare
 
 
-def _model_state(policy: PolicyModel) -> dict[str, Any]:
+def _model_state(policies: Sequence[PolicyModel]) -> dict[str, Any]:
     """megatron-core's sharded parameters by name, layers counted through the whole network.
 
     Objects that layers add for Transformer Engine are left out: they are pickles, and empty here.
     """
-    tree = policy.sharded_state_dict(metadata=dict(METADATA))
-    return {leaf.key: leaf for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
+    trees = [policy.sharded_state_dict(metadata=dict(METADATA)) for policy in policies]
+    return {leaf.key: leaf for tree in trees for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
 
 
 def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:

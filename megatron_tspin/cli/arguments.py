@@ -71,7 +71,8 @@ def layout_of(args: argparse.Namespace) -> ParallelSection:
     if foreign:
         raise InputError(f"{', '.join(foreign)}: only used together with --config")
     try:
-        return ParallelSection(**{k.removeprefix(_PARALLEL): v for k, v in given.items() if k.startswith(_PARALLEL)})
+        given = {k.removeprefix(_PARALLEL): v for k, v in given.items() if k.startswith(_PARALLEL)}
+        return ParallelSection(**given).whole_stages()
     except ValidationError as error:
         messages = (f"{flags.get(_PARALLEL + str(item['loc'][-1])) if item['loc'] else 'layout'}: {item['msg']}"
                     for item in error.errors())  # fmt: skip

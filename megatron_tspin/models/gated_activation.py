@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class GatedSiLU(torch.nn.Module):
+class GatedSiLU:
     """silu(gate) * up, for [..., 2 f] holding gate and up side by side; returns [..., f].
 
-    megatron-core writes it as a chain of operations, of which autograd keeps the intermediates and joins two gradients by
-    a copy. This one keeps its input alone.
+    megatron-core writes it as a chain of operations, of which autograd keeps the intermediates and joins two gradients
+    by a copy. This one keeps its input alone. No torch module: megatron-core's MLP asks each of its modules for sharded
+    weights.
     """
 
     def __init__(self, config: Any = None) -> None:
         """Takes what megatron-core builds an activation with."""
-        super().__init__()
 
-    def forward(self, gate_and_up: Tensor) -> Tensor:
+    def __call__(self, gate_and_up: Tensor) -> Tensor:
         """Activates."""
         out: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]  # torch's
         return out

@@ -66,6 +66,10 @@ def transformer_config(
         bf16=training.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # Without it the two neighbours of a rank are one rank at PP 2, and what it sends them gets mixed up.
+        overlap_p2p_comm=parallel.num_virtual_stages > 1,
+        batch_p2p_comm=parallel.num_virtual_stages == 1,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=training.recompute_granularity,

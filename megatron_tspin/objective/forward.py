@@ -86,7 +86,8 @@ def loss_func(
         Under context parallelism every rank has the whole loss, and only the first one counts the triplets.
     """
     place = sequence_log_probs.device
-    values = sequence_log_probs.view(-1, batch.num_triplets, len(batch.roles))
+    kinds = 3 if batch.rows.targets.diagnostics else 1
+    values = sequence_log_probs.view(kinds, batch.num_triplets, len(batch.roles))
     log_probs = dict(zip(batch.roles, values[0].unbind(1), strict=True))
     reference = None
     if batch.reference is not None:

@@ -94,12 +94,14 @@ class Packing:
         multiple: Row lengths are multiples of this.
         share_prompts: One prompt a triplet, or one a response.
         uniform: All rows of a global batch are equally long, as pipelines need.
+        rows_multiple: The rows of a replica are a multiple of this, as virtual pipeline stages need.
     """
 
     capacity: int
     multiple: int
     share_prompts: bool = True
     uniform: bool = False
+    rows_multiple: int = 1
 
 
 def row_packing(config: Config) -> Packing | None:
@@ -112,6 +114,7 @@ def row_packing(config: Config) -> Packing | None:
         multiple=multiple,
         share_prompts=training.share_prompts,
         uniform=config.parallel.pipeline_model_parallel_size > 1,
+        rows_multiple=config.parallel.rows_multiple,
     )
 
 
@@ -147,9 +150,9 @@ def plan_rows(shapes: Sequence[Shape], packing: Packing, work: WorkModel, replic
     costs = [work.training(shape, packing.share_prompts) for shape in shapes]
     order = sorted(range(len(shapes)), key=lambda i: (-costs[i], i))
     count = -(-max(sum(sizes), 1) // packing.capacity)
-    rounds = -(-count // replicas)
+    rounds = _cover(-(-count // replicas), packing.rows_multiple)
     while (bins := _place(order, sizes, costs, packing.capacity, rounds * replicas)) is None:
-        rounds += 1
+        rounds += packing.rows_multiple
     return _share_out(bins, sizes, costs, packing, replicas)
 
 
@@ -187,8 +190,9 @@ def _share_out(
     return shares
 
 
-def _cover(tokens: int, multiple: int) -> int:
-    return max(-(-tokens // multiple), 1) * multiple
+def _cover(size: int, multiple: int) -> int:
+    """The smallest positive multiple that is not below the size."""
+    return max(-(-size // multiple), 1) * multiple
 
 
 def check_capacity(shapes: Sequence[Shape], ids: Sequence[str], packing: Packing) -> None:
@@ -203,13 +207,13 @@ def check_capacity(shapes: Sequence[Shape], ids: Sequence[str], packing: Packing
     long = [(size, identifier) for size, identifier in sizes if size > packing.capacity]
     if not long:
         return
+    needed = _cover(max(size for size, _ in long), packing.multiple)
     lines = [f"prompt {identifier}: its triplet has {size} tokens" for size, identifier in long[:_SHOWN]]
     if len(long) > _SHOWN:
         lines.append(f"and {len(long) - _SHOWN} more")
     raise InputError(
         f"training.row_capacity = {packing.capacity} tokens is too small for {len(long)} of {len(shapes)} triplets; "
-        f"set --tspin-row-capacity to {max(size for size, _ in long)} or more, or --tspin-over-capacity truncate\n"
-        + "\n".join(lines)
+        f"set --tspin-row-capacity to {needed} or more, or --tspin-over-capacity truncate\n" + "\n".join(lines)
     )
 
 

@@ -23,7 +23,7 @@ _ROW_TOKENS = 4096
 
 
 def score_pairs(
-    model: PolicyModel,
+    model: PolicyModel | Sequence[PolicyModel],
     topology: Topology,
     pairs: Sequence[Pair],
     row_tokens: int = _ROW_TOKENS,
@@ -34,14 +34,15 @@ def score_pairs(
     Rows are packed; neighbours with the same prompt share it.
 
     Args:
-        model: This rank's part of the policy.
+        model: This rank's part of the policy, or those of its virtual stages.
         topology: The layout; rows are spread over DP and pipelined over PP.
         pairs: Prompt ids (one or more) and response ids (one or more).
         row_tokens: Most tokens of a row; a longer prompt and response gets a row of its own.
         description: Draws a progress bar with this text.
     """
     scores = torch.zeros(len(pairs), dtype=torch.float64, device=device())
-    work = work_model(model.architecture)
+    chunks = [model] if isinstance(model, PolicyModel) else list(model)
+    work = work_model(chunks[0].architecture)
     draws = description is not None and topology.speaks
     with torch.no_grad(), progress_bar(description or "", len(pairs), "response", draws) as bar:
         for groups in _portions(_shared(pairs), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size):
@@ -50,6 +51,7 @@ def score_pairs(
                 capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
                 multiple=topology.row_multiple,
                 uniform=topology.pp_size > 1,
+                rows_multiple=topology.rows_multiple,
             )
             planned = plan_rows(shapes, packing, work, topology.dp_size)[topology.dp_rank]
             members = [[groups[i] for i in row.members] for row in planned]
@@ -57,7 +59,7 @@ def score_pairs(
                 pack_row([(group.prompt, group.responses) for group in each], row.length, _context(topology))
                 for each, row in zip(members, planned, strict=True)
             ]
-            outputs = _run(model, rows)
+            outputs = _run(chunks, rows)
             if topology.is_last_stage:
                 indices = [index for each in members for group in each for index in group.indices]
                 scores[torch.tensor(indices, dtype=torch.int64, device=device())] = torch.cat(outputs).double()
@@ -109,14 +111,14 @@ def _context(topology: Topology) -> ContextShare:
     return ContextShare(topology.cp_rank, topology.cp_size, topology.cp_group)
 
 
-def _run(model: PolicyModel, rows: list[Rows]) -> list[Tensor]:
+def _run(chunks: list[PolicyModel], rows: list[Rows]) -> list[Tensor]:
     """The sequence log-probs of each row, on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     outputs: list[Tensor] = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=iter(rows),
-        model=[model],
+        data_iterator=[iter(rows) for _ in chunks],
+        model=chunks,
         num_microbatches=len(rows),
         seq_length=rows[0].row_length,
         micro_batch_size=1,

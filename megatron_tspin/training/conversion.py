@@ -34,12 +34,13 @@ _FP32 = TrainingSection(bf16=False)
 def convert_run(config: Config) -> None:
     """Makes the run's initial checkpoint, unless one of the same HF files is there and whole."""
     source, target = Path(config.model.hf_checkpoint), RunFolder(Path(config.run_dir)).initial_checkpoint
-    with distributed(config.parallel, config.seed) as topology:
+    layout = config.parallel.whole_stages()
+    with distributed(layout, config.seed) as topology:
         digest = _on_first_rank(lambda: source_digest(source), topology)
         if _on_first_rank(lambda: _is_of(target, digest), topology):
             _log.info("%s is there already", target)
             return
-        _convert(source, target, config.parallel, topology, digest)
+        _convert(source, target, layout, topology, digest)
 
 
 def convert_checkpoint(
@@ -70,11 +71,12 @@ def export_run(config: Config) -> None:
     """Exports the policy after the last self-play iteration, in the dtypes of the run's HF checkpoint."""
     folder = RunFolder(Path(config.run_dir))
     checkpoints = folder.checkpoints(config.self_play.iterations - 1)
-    with distributed(config.parallel, config.seed) as topology:
+    layout = config.parallel.whole_stages()
+    with distributed(layout, config.seed) as topology:
         found = _on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
         if found is None:
             raise ArtifactError(f"{checkpoints}: no whole checkpoint; run `tspin run` again to make it")
-        _export(found, Path(config.model.hf_checkpoint), folder.export, config.parallel, topology)
+        _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology)
 
 
 def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: ParallelSection) -> None:

@@ -43,7 +43,7 @@ class Trainer:
         config: The run.
         iteration: Self-play iteration.
         topology: This rank's place.
-        policy: megatron-core's DDP around the policy.
+        chunks: megatron-core's DDP around each virtual stage of the policy on this rank, mostly one.
         optimizer: megatron-core's optimizer.
         num_steps: Steps of the iteration.
         done: Steps made so far.
@@ -52,7 +52,7 @@ class Trainer:
     config: Config
     iteration: int
     topology: Topology
-    policy: Any
+    chunks: list[Any]
     optimizer: Any
     num_steps: int
     done: int = 0
@@ -95,14 +95,18 @@ class Trainer:
             self.config.training.diagnostics,
         )
 
-    def whole_policy(self) -> PolicyModel:
+    @property
+    def policy(self) -> Any:
+        """The DDP of the only virtual stage, or of the first one."""
+        return self.chunks[0]
+
+    def whole_policy(self) -> list[PolicyModel]:
         """The bare policy with every update in its parameters, to be saved or exported; all ranks call it."""
         if self.config.parallel.overlap_param_gather:
-            # The gather of the last update still waits for the next forward pass.
-            self.policy.disable_forward_pre_hook(param_sync=True)
-            self.policy.enable_forward_pre_hook()
-        policy: PolicyModel = self.policy.module
-        return policy
+            for chunk in self.chunks:  # the gather of the last update still waits for the next forward pass
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+        return [chunk.module for chunk in self.chunks]
 
     def forward_backward(self, triplets: list[Triplet]) -> torch.Tensor:
         """Runs the micro-batches of a global batch and leaves the gradients of its mean loss; makes no update.
@@ -111,12 +115,13 @@ class Trainer:
             The sums of `SUMMED` over the global batch, float64, on every rank.
         """
         micro_batches = self.planner.plan(triplets)
-        self.policy.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run_schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self.policy],
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].rows.row_length,
             micro_batch_size=micro_batches[0].rows.tokens.shape[0],
@@ -174,8 +179,11 @@ def batch_planner(
     )
 
 
-def build_trainer(config: Config, iteration: int, topology: Topology, model: PolicyModel, num_steps: int) -> Trainer:
-    """Wraps a loaded policy for training."""
+def build_trainer(
+    config: Config, iteration: int, topology: Topology, model: PolicyModel | list[PolicyModel], num_steps: int
+) -> Trainer:
+    """Wraps a loaded policy, or its virtual stages, for training."""
+    models = [model] if isinstance(model, PolicyModel) else model
     # DDP keeps gradients in fp32 buffers whatever the parameters' type.
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -183,10 +191,12 @@ def build_trainer(config: Config, iteration: int, topology: Topology, model: Pol
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    policy = DistributedDataParallel(model.config, ddp_config, model)
+    core = models[0].config
+    chunks = [DistributedDataParallel(core, ddp_config, each) for each in models]
     if config.parallel.overlap_grad_reduce:
-        model.config.no_sync_func = policy.no_sync
-    optimizer = build_optimizer(policy, config.optimizer, config.parallel, config.training)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.grad_scale_func = optimizer.scale_loss
-    return Trainer(config, iteration, topology, policy, optimizer, num_steps)
+        syncs = [chunk.no_sync for chunk in chunks]
+        core.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    optimizer = build_optimizer(chunks, config.optimizer, config.parallel, config.training)
+    core.finalize_model_grads_func = finalize_model_grads
+    core.grad_scale_func = optimizer.scale_loss
+    return Trainer(config, iteration, topology, chunks, optimizer, num_steps)

@@ -50,12 +50,12 @@ class RMSProp(torch.optim.AdamW):
 
 
 def build_optimizer(
-    model: Any, settings: OptimizerSection, parallel: ParallelSection, training: TrainingSection
+    chunks: list[Any], settings: OptimizerSection, parallel: ParallelSection, training: TrainingSection
 ) -> Any:
     """megatron-core's optimizer over a DDP-wrapped policy.
 
     Args:
-        model: megatron-core's DistributedDataParallel.
+        chunks: megatron-core's DistributedDataParallel, one a virtual stage.
         settings: Optimizer, decay and clipping; the learning rate is set before every step.
         parallel: Whether the state is sharded over DP.
         training: bf16 or fp32.
@@ -73,7 +73,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, chunks)
     for part in optimizer.chained_optimizers:
         for group in part.param_groups:
             # Megatron-LM's scheduler applies this factor, which is 0 for norms; there is no scheduler here.

@@ -1,5 +1,6 @@
 """Log-probs under the policy that an iteration starts from, for the methods that compare with it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from megatron_tspin.training.triplet_source import TripletSource
 
 
 def reference_log_probs(
-    path: Path, facts: dict[str, Any], model: PolicyModel, topology: Topology, source: TripletSource
+    path: Path, facts: dict[str, Any], model: Sequence[PolicyModel], topology: Topology, source: TripletSource
 ) -> list[dict[str, float]]:
     """Returns log pi_t of every response by role, computed once and kept in a file.
 
     Args:
         path: `reference.jsonl`; `reference.json` beside it says what it was computed from.
         facts: Digests of the policy and of the responses.
-        model: The policy that the iteration starts from.
+        model: The policy that the iteration starts from, by virtual stages.
         topology: The layout.
         source: The triplets.
 
@@ -47,7 +48,7 @@ def reference_log_probs(
     return [record.log_probs for record in read_records(path, ReferenceLogProbs)]
 
 
-def _compute(model: PolicyModel, topology: Topology, source: TripletSource) -> list[ReferenceLogProbs]:
+def _compute(model: Sequence[PolicyModel], topology: Topology, source: TripletSource) -> list[ReferenceLogProbs]:
     triplets = source.all()
     roles = list(triplets[0].responses)
     pairs = [pair for triplet in triplets for pair in triplet.pairs()]

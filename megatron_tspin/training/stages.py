@@ -9,6 +9,7 @@ from megatron_tspin.checkpoint.policies import policy_checkpoint, step_folder
 from megatron_tspin.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
+    load_chunks,
     load_policy,
     save_checkpoint,
 )
@@ -16,10 +17,13 @@ from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import num_parameters
+from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
+from megatron_tspin.platform import device
 from megatron_tspin.records import ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, write_text
@@ -50,8 +54,9 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         source = TripletSource(config, iteration, roles)
         resumed = latest_checkpoint(checkpoints)
         start = load or policy_checkpoint(folder, iteration)
-        model = load_policy(architecture, config.parallel, config.training, topology, start)
-        _log.info("policy from %s, %d parameters on this rank", start, num_parameters(model))
+        model = load_chunks(architecture, config.parallel, config.training, topology, start)
+        _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
+        _log_rows(config)
         if has_reference(config.objective.method):
             facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": source.digests()}
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
@@ -61,11 +66,21 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         _train(trainer, source, checkpoints, folder)
 
 
+def _log_rows(config: Config) -> None:
+    packing = row_packing(config)
+    if packing is None:
+        _log.info("rows: padded, one a response")
+        return
+    backend = choose_backend(config.training.packed_attention, device())
+    shared = "shared" if packing.share_prompts else "not shared"
+    _log.info("rows: packed up to %d tokens, prompts %s, attention by %s", packing.capacity, shared, backend)
+
+
 def _resume(trainer: Trainer, checkpoint: Path) -> int:
     """Continues from a checkpoint inside the iteration; returns the steps it holds."""
     step = int(checkpoint.name.removeprefix("step_"))
     if step < trainer.num_steps:
-        state = load_checkpoint(checkpoint, trainer.policy.module, trainer.topology, trainer.optimizer)
+        state = load_checkpoint(checkpoint, trainer.chunks, trainer.topology, trainer.optimizer)
         step = int(state["step"])
     _log.info("continuing after step %d of %d from %s", step, trainer.num_steps, checkpoint)
     return step
@@ -125,8 +140,9 @@ def score_file(config: Config, load: Path, data: Path, output: Path) -> None:
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     architecture.check_layout(config.parallel)
     ids, pairs = read_scoring_input(config, data, architecture.vocab_size)
-    with distributed(config.parallel, config.seed) as topology:
-        model = load_policy(architecture, config.parallel, config.training, topology, load)
+    layout = config.parallel.whole_stages()
+    with distributed(layout, config.seed) as topology:
+        model = load_policy(architecture, layout, config.training, topology, load)
         scores = score_pairs(model, topology, pairs, description="score")
         if topology.speaks:
             write_text(output, "".join(record.line() for record in _scored(ids, pairs, scores)))
