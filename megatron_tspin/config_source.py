@@ -166,5 +166,7 @@ def _explain(source: str, item: Any) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every setting written out."""
-    text: str = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump()
+    # PyYAML would write U+0085 as it is, and read it as a line break.
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode="\\x85" not in repr(tree))
     return text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -74,7 +74,11 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
     ("flags", "expected"),
     [
         (
-            {"training.global_batch_size": 10, "training.micro_batch_size": 4},
+            {
+                "training.layout": "padded",
+                "training.global_batch_size": 10,
+                "training.micro_batch_size": 4,
+            },
             "training.global_batch_size (10) must be a multiple of micro_batch_size x data_parallel_size (4 x 1)",
         ),
         (
@@ -85,6 +89,26 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
         (
             {"parallel.sequence_parallel": True},
             "parallel: sequence_parallel needs tensor_model_parallel_size of 2 or more",
+        ),
+        (
+            {"parallel.context_parallel_size": 2, "training.layout": "padded"},
+            "context_parallel_size above 1 needs training.layout = packed",
+        ),
+        (
+            {
+                "parallel.pipeline_model_parallel_size": 2,
+                "parallel.virtual_pipeline_model_parallel_size": 2,
+                "training.layout": "padded",
+            },
+            "virtual_pipeline_model_parallel_size needs training.layout = packed",
+        ),
+        (
+            {"parallel.virtual_pipeline_model_parallel_size": 2},
+            "parallel: virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more",
+        ),
+        (
+            {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True},
+            "parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
         ),
         ({"data.template": "no prompt"}, "data: template must be `chat` or contain {prompt} exactly once"),
         (
@@ -136,6 +160,7 @@ def test_numbers_are_numbers(text: str, tmp_path: Path) -> None:
     flag=st.booleans(),
     steps=st.none() | st.integers(1, 10**6),
 )
+@example(lr=1.0, rates=[], template="{prompt}\x85ä\u2028", name="\x85", flag=False, steps=None)
 def test_writing_out_loses_nothing(
     tmp_path_factory: Any, lr: float, rates: list[float], template: str, name: str, flag: bool, steps: int | None
 ) -> None:
@@ -211,6 +236,53 @@ def test_generation_layout() -> None:
         },
     )
     assert config.generation_layout() == ParallelSection(data_parallel_size=4, cpu_threads=3)
+
+
+def test_packed_batches_may_have_any_size() -> None:
+    found = load_config(None, {**NEEDED, "training.global_batch_size": 10, "parallel.data_parallel_size": 4})
+    assert found.training.layout == "packed" and found.training.global_batch_size == 10
+
+
+@pytest.mark.parametrize(
+    ("parallel", "multiple"),
+    [
+        ({}, 8),
+        ({"context_parallel_size": 2}, 8),
+        ({"context_parallel_size": 3}, 24),  # two chunks a rank
+        ({"tensor_model_parallel_size": 3}, 8),
+        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, 24),
+        ({"tensor_model_parallel_size": 16, "sequence_parallel": True}, 16),
+        ({"tensor_model_parallel_size": 6, "sequence_parallel": True, "context_parallel_size": 4}, 24),
+        ({"tensor_model_parallel_size": 8, "sequence_parallel": True, "context_parallel_size": 2}, 16),
+    ],
+)
+def test_lengths_of_rows_suit_the_layout(parallel: dict[str, Any], multiple: int) -> None:
+    assert ParallelSection(**parallel).row_multiple == multiple
+
+
+@given(
+    seq_length=st.integers(17, 300),
+    micro_batch_size=st.integers(1, 6),
+    context=st.integers(1, 4),
+    tensor=st.integers(1, 4),
+)
+def test_rows_hold_any_triplet_by_default(seq_length: int, micro_batch_size: int, context: int, tensor: int) -> None:
+    """Three responses that fill the sequence, each with its prompt, whatever rows are cut down to."""
+    config = load_config(
+        None,
+        {
+            **NEEDED,
+            "data.seq_length": seq_length,
+            "generation.max_new_tokens": 16,
+            "training.micro_batch_size": micro_batch_size,
+            "parallel.context_parallel_size": context,
+            "parallel.tensor_model_parallel_size": tensor,
+            "parallel.sequence_parallel": tensor > 1,
+        },
+    )
+    multiple = config.parallel.row_multiple
+    most = config.row_capacity // multiple * multiple
+    assert max(3, micro_batch_size) * seq_length <= most < max(3, micro_batch_size) * seq_length + multiple
 
 
 def test_configs_are_immutable() -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "data"},
     {"checkpoint", "objective"},
     {"training", "generation"},
-    {"selfplay", "report"},
+    {"selfplay", "report", "benchmark"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -78,13 +78,13 @@ class Architecture:
             InputError: TP does not divide the heads, the KV heads or the MLP, or PP the layers; all in one message.
         """
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        virtual = pipeline * parallel.num_virtual_stages
+        stages = pipeline * parallel.num_virtual_stages
+        virtual = " x virtual_pipeline_model_parallel_size" if parallel.num_virtual_stages > 1 else ""
         divisors = [
             ("tensor_model_parallel_size", tensor, "attention heads", self.num_heads),
             ("tensor_model_parallel_size", tensor, "key-value heads", self.num_kv_heads),
             ("tensor_model_parallel_size", tensor, "MLP columns", self.ffn_hidden_size),
-            ("pipeline_model_parallel_size", pipeline, "layers", self.num_layers),
-            ("pipeline_model_parallel_size x num_virtual_stages", virtual, "layers", self.num_layers),
+            (f"pipeline_model_parallel_size{virtual}", stages, "layers", self.num_layers),
         ]
         refused = [
             f"parallel.{name} = {size} does not divide the {count} {what} of {self.folder}; use a divisor of {count}"

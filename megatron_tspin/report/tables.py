@@ -47,6 +47,12 @@ class IterationRow:
     tokens_proto: float | None = None
     seconds_per_step: float | None = None
     tokens_per_second: float | None = None
+    packing_efficiency: float | None = None
+    prompt_share_saved: float | None = None
+    entropy_annotated: float | None = None
+    entropy_synthetic: float | None = None
+    top_annotated: float | None = None
+    top_synthetic: float | None = None
     rollout: RolloutSummary | None = None
     """The answers y' to the training prompts; of the start: y0."""
     evaluation: Evaluation | None = None
@@ -115,11 +121,23 @@ def _row(run: RunData, iteration: Iteration) -> IterationRow:
             "historical_advantage",
             "current_margin",
             "active_share",
+            "entropy_annotated",
+            "entropy_synthetic",
+            "top_annotated",
+            "top_synthetic",
         )
     }
     whole = {
         field: weighted_mean(iteration.steps, field)
-        for field in ("identical_share", "tokens_annotated", "tokens_synthetic", "tokens_proto", "tokens_per_second")
+        for field in (
+            "identical_share",
+            "tokens_annotated",
+            "tokens_synthetic",
+            "tokens_proto",
+            "tokens_per_second",
+            "packing_efficiency",
+            "prompt_share_saved",
+        )
     }
     historical = late["historical_advantage"]
     return IterationRow(
@@ -212,6 +230,10 @@ MEASURES: tuple[Measure, ...] = (
     Measure(_TRAINING, "current margin (scaled)", _field("current_margin", 2)),
     Measure(_TRAINING, "historical margin (scaled)", _field("historical_margin", 2)),
     Measure(_TRAINING, "active pairs", _active),
+    Measure(_TRAINING, "entropy at y (nats per token)", _field("entropy_annotated", 2)),
+    Measure(_TRAINING, "entropy at y'", _field("entropy_synthetic", 2)),
+    Measure(_TRAINING, "tokens of y that are the most probable", lambda row: percent(row.top_annotated)),
+    Measure(_TRAINING, "tokens of y' that are the most probable", lambda row: percent(row.top_synthetic)),
     Measure(_TRAINING, "loss", _field("loss_late", 3)),
     Measure(_TRAINING, "loss, first half of the steps", _field("loss_early", 3)),
     Measure(_ANSWERS, "answers that end (start: y0)", _rollout("ended_share")),
@@ -224,4 +246,6 @@ MEASURES: tuple[Measure, ...] = (
     Measure(_COST, "updates skipped", _skipped),
     Measure(_COST, "seconds per step", _field("seconds_per_step", 2)),
     Measure(_COST, "tokens per second", _field("tokens_per_second", 0)),
+    Measure(_COST, "rows filled", lambda row: percent(row.packing_efficiency)),
+    Measure(_COST, "prompt tokens saved by sharing", lambda row: percent(row.prompt_share_saved)),
 )

@@ -46,7 +46,7 @@ def wrap(model: Any, parallel: ParallelSection, bf16: bool) -> tuple[Any, Any]:
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
     kind = "rmsprop" if model.architecture.tied_embeddings else "adam"  # Adam needs the step: bias correction
     settings = OptimizerSection(optimizer=kind, lr=1e-2)
-    return wrapped, build_optimizer(wrapped, settings, parallel, TrainingSection(bf16=bf16))
+    return wrapped, build_optimizer([wrapped], settings, parallel, TrainingSection(bf16=bf16))
 
 
 def step(wrapped: Any, optimizer: Any, number: int) -> None:
@@ -167,7 +167,7 @@ def shard(folder: Path) -> Path:
 def test_a_whole_checkpoint_says_what_it_is(saved):
     manifest = verify_checkpoint(saved / "step_00000010")
     assert manifest["state"] == {"step": 10}
-    assert manifest["facts"]["layout"] == {"tp": 1, "pp": 2, "dp": 1}
+    assert manifest["facts"]["layout"] == {"tp": 1, "pp": 2, "dp": 1, "cp": 1}
     assert manifest["facts"]["optimizer"] is None and manifest["facts"]["architecture"]["num_layers"] == 4
     assert set(manifest["files"]) == {path.name for path in (saved / "step_00000010").iterdir()} - {"manifest.json"}
     assert latest_checkpoint(saved) == saved / "step_00000010"

@@ -18,7 +18,7 @@ def pairs_of(count: int, longest: int = 70) -> list[tuple[list[int], list[int]]]
     return [(row[:cut], row[cut : max(cut + 1, end)]) for row, (cut, end) in zip(ids, cuts, strict=True)]
 
 
-def score(folder: Path, layout: ParallelSection, pairs: Any, rows_per_batch: int, bf16: bool = False) -> list[float]:
+def score(folder: Path, layout: ParallelSection, pairs: Any, row_tokens: int, bf16: bool = False) -> list[float]:
     from megatron_tspin.checkpoint.convert import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
@@ -28,7 +28,7 @@ def score(folder: Path, layout: ParallelSection, pairs: Any, rows_per_batch: int
         provider = make_model_provider(read_architecture(folder), layout, TrainingSection(bf16=bf16))
         model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
         load_hf(model, topology)
-        return score_pairs(model, topology, pairs, rows_per_batch)
+        return score_pairs(model, topology, pairs, row_tokens)
 
 
 def judge(folder: Path, pairs: Any) -> list[float]:
@@ -47,31 +47,36 @@ def judge(folder: Path, pairs: Any) -> list[float]:
 def test_rope_types(kind: str, ranks: Any, tiny_checkpoint: Any) -> None:
     folder, pairs = tiny_checkpoint(kind), pairs_of(5)
     assert max(len(prompt) + len(response) for prompt, response in pairs) > 40, "beyond the original positions"
-    found = ranks(1).run(score, folder, ParallelSection(), pairs, 3)[0]
+    found = ranks(1).run(score, folder, ParallelSection(), pairs, 100)[0]
     assert found == pytest.approx(judge(folder, pairs), rel=2e-6)
 
 
 @pytest.mark.parametrize(
-    ("layout", "count", "rows_per_batch"),
+    ("layout", "count", "row_tokens"),
     [
-        ({"data_parallel_size": 2}, 1, 1),  # one chunk for two replicas
-        ({"data_parallel_size": 2}, 9, 1),  # three chunks for two replicas
-        ({"pipeline_model_parallel_size": 2}, 1, 3),  # fewer micro-batches than stages
-        ({"pipeline_model_parallel_size": 2}, 9, 1),
-        ({"tensor_model_parallel_size": 2}, 5, 2),
+        ({"data_parallel_size": 2}, 1, 24),  # one row for two replicas
+        ({"data_parallel_size": 2}, 9, 24),  # a row a response, several runs of the schedule
+        ({"data_parallel_size": 2}, 9, 1000),
+        ({"pipeline_model_parallel_size": 2}, 1, 1000),  # fewer micro-batches than stages
+        ({"pipeline_model_parallel_size": 2}, 15, 1),  # every response is longer than a row should be
+        ({"pipeline_model_parallel_size": 2}, 9, 40),
+        ({"tensor_model_parallel_size": 2}, 5, 40),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 5, 1000),
+        ({"context_parallel_size": 2}, 1, 24),
+        ({"context_parallel_size": 2}, 9, 40),
     ],
 )
 def test_scoring_of_few_and_many(
-    layout: dict[str, int], count: int, rows_per_batch: int, ranks: Any, tiny_checkpoint: Any
+    layout: dict[str, int], count: int, row_tokens: int, ranks: Any, tiny_checkpoint: Any
 ) -> None:
     folder, pairs = tiny_checkpoint("tied"), pairs_of(count, 20)
-    found = ranks(2).run(score, folder, ParallelSection(**layout), pairs, rows_per_batch)
+    found = ranks(2).run(score, folder, ParallelSection(**layout), pairs, row_tokens)
     assert found[0] == pytest.approx(judge(folder, pairs), rel=2e-6)
     assert found[1] == found[0]
 
 
 def test_bf16_is_near(ranks: Any, tiny_checkpoint: Any) -> None:
     folder, pairs = tiny_checkpoint("tied"), pairs_of(4, 20)
-    found, expected = ranks(1).run(score, folder, ParallelSection(), pairs, 2, True)[0], judge(folder, pairs)
+    found, expected = ranks(1).run(score, folder, ParallelSection(), pairs, 40, True)[0], judge(folder, pairs)
     assert found != pytest.approx(expected, rel=1e-6), "it was not computed in bf16"
     assert found == pytest.approx(expected, rel=0.03)

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from megatron_tspin.models.attention import CausalAttention, KeyValueCache, RMSNorm, window_mask
+from megatron_tspin.models.row_layout import Group, RowLayout
 
 HEADS, DIM = 4, 8
 
 
-def attention(window: int | None = None, scale: float | None = None) -> CausalAttention:
-    return CausalAttention(SimpleNamespace(kv_channels=DIM, sliding_window_keys=window), 1, softmax_scale=scale)
+def attention(window: int | None = None, scale: float | None = None, packed: str = "segments") -> CausalAttention:
+    config = SimpleNamespace(kv_channels=DIM, sliding_window_keys=window, packed_attention=packed)
+    return CausalAttention(config, 1, softmax_scale=scale)
 
 
 def tensors(length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,6 +50,20 @@ def test_rows_are_causal(window: int | None, groups: int) -> None:
 def test_scale_is_the_configured_one() -> None:
     query, key, value = tensors(4, 2)
     assert torch.allclose(attention(None, 0.9)(query, key, value), written_out(query, key, value, None, 0.9), atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("packed", ["segments", "dense"])
+def test_a_sequence_in_a_packed_row_is_causal(packed: str, window: int | None, groups: int) -> None:
+    """A prompt of 3 and a response of 4 behind another sequence: what they give alone in a row."""
+    query, key, value = (each[:, :1] for each in tensors(16, groups))
+    layout = RowLayout(groups=(Group(2, (4,)), Group(3, (4,))), length=16)
+    found = attention(window, 0.9, packed)(query, key, value, packed_seq_params=layout)
+    assert found.shape == (16, 1, HEADS * DIM)
+    for start, end in ((0, 6), (6, 13)):
+        part = written_out(*(each[start:end].expand(-1, 2, -1, -1) for each in (query, key, value)), window, 0.9)
+        assert torch.allclose(found[start:end], part[:, :1], atol=1e-6)
 
 
 def test_cache_gives_what_one_pass_gives() -> None:

@@ -175,3 +175,11 @@ def test_layouts_that_do_not_fit(tmp_path: Path) -> None:
         "use a divisor of 2",
         f"parallel.pipeline_model_parallel_size = 3 does not divide the 4 layers of {tmp_path}; use a divisor of 4",
     ]
+    virtual = ParallelSection(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    architecture.check_layout(virtual)
+    with pytest.raises(InputError) as caught:
+        architecture.check_layout(virtual.model_copy(update={"virtual_pipeline_model_parallel_size": 3}))
+    assert str(caught.value) == (
+        "parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size = 6 does not divide the 4 layers "
+        f"of {tmp_path}; use a divisor of 4"
+    )

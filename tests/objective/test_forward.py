@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from megatron_tspin.config import ObjectiveSection
-from megatron_tspin.objective.batches import MicroBatch, Triplet, plan_micro_batches
+from megatron_tspin.models.row_layout import ContextShare
+from megatron_tspin.objective.batches import BatchPlanner, MicroBatch, Triplet
 from megatron_tspin.objective.forward import SUMMED, loss_func
 from megatron_tspin.objective.losses import ACTIVE_MARGIN
+from megatron_tspin.objective.packing import Packing, WorkModel
 from megatron_tspin.objective.roles import ROLES
 
 DIFFERENT = {"annotated": [3, 4], "synthetic": [5], "proto": [6, 7, 8]}
@@ -17,11 +19,15 @@ ALL_ALIKE = {"annotated": [3, 4], "synthetic": [3, 4], "proto": [3, 4]}
 STALLED = {"annotated": [3, 4], "synthetic": [9], "proto": [9]}
 
 
+WORK = WorkModel(1.0, 1.0, 1.0)
+PACKED = Packing(capacity=64, multiple=8)
+
+
 def micro_batch(responses: list[dict[str, list[int]]], roles: tuple[str, ...], **facts: Any) -> MicroBatch:
     triplets = [
         Triplet(str(i), [1, 2], {role: each[role] for role in roles}, **facts) for i, each in enumerate(responses)
     ]
-    return plan_micro_batches(triplets, roles, len(triplets), 0, 1, 1)[0][0]
+    return BatchPlanner(None, WORK, roles, len(triplets)).plan(triplets)[0]
 
 
 def sums_of(objective: ObjectiveSection, beta: float, batch: MicroBatch, rows: list[list[float]]) -> dict[str, float]:
@@ -60,6 +66,11 @@ def test_sums() -> None:
             "identical_share": 0,
             "teaching": 1,
             "tokens": 2 * 6 + 4 + 2 + 4,
+            "places": 6 * 8,
+            "used": 2 * 6 + 4 + 2 + 4 - 6,
+            "prompt_tokens": 12,
+            "prompt_places": 12,
+            **{f"{quantity}_{role}": 0 for quantity in ("entropy", "top") for role in ROLES},
         }
     )
 
@@ -125,8 +136,63 @@ def test_a_divergent_log_prob_reaches_the_sums() -> None:
     assert found["loss"] != found["loss"] and found["teaching"] == 0
 
 
-def test_an_empty_micro_batch_adds_nothing() -> None:
+def planner(packing: Packing | None, **facts: Any) -> BatchPlanner:
+    return BatchPlanner(packing, WORK, ROLES, 2, **facts)
+
+
+@pytest.mark.parametrize("diagnostics", [False, True])
+@pytest.mark.parametrize("packing", [None, PACKED], ids=["padded", "packed"])
+def test_an_empty_micro_batch_adds_nothing(packing: Packing | None, diagnostics: bool) -> None:
+    """A replica that has a row but no triplet takes part in the schedule all the same."""
     triplet = Triplet("a", [1], {role: [2] for role in ROLES})
-    (batch,), _ = plan_micro_batches([triplet], ROLES, 2, replica=1, replicas=2, multiple=1)
-    loss, count, sums = loss_func(batch, ObjectiveSection(), 0.1, torch.zeros(0, requires_grad=True))
-    assert loss.item() == 0 and count.item() == 0 and not sums.any()
+    plans = [planner(packing, replica=r, replicas=2, diagnostics=diagnostics).plan([triplet]) for r in range(2)]
+    [batch] = next(plan for plan in plans if not plan[0].num_triplets)
+    output = torch.zeros((3, 0) if diagnostics else 0, requires_grad=True)
+    loss, count, sums = loss_func(batch, ObjectiveSection(), 0.1, output)
+    assert loss.item() == 0 and count.item() == 0 and loss.requires_grad
+    found = dict(zip(SUMMED, sums.tolist(), strict=True))
+    assert found.pop("places") == batch.rows.places and not any(found.values())
+
+
+def test_sums_of_a_packed_row() -> None:
+    triplets = [Triplet("a", [1, 2], DIFFERENT), Triplet("b", [1, 2, 3], STALLED)]
+    [batch] = planner(PACKED).plan(triplets)
+    found = sums_of(ObjectiveSection(), 0.1, batch, [[-3.0, -5.0, -4.0], [-2.0, -16.0, -8.0]])
+    assert (found["tokens"], found["places"], found["used"]) == (3 * 5 + 6 + 4, 16, (2 + 1 + 2) + (3 + 1))
+    assert (found["prompt_tokens"], found["prompt_places"]) == (3 * 5, 5)
+
+
+@pytest.mark.parametrize("packing", [None, PACKED], ids=["padded", "packed"])
+def test_diagnostics_are_summed_by_role_and_move_nothing(packing: Packing | None) -> None:
+    triplets = [Triplet("a", [1, 2], DIFFERENT), Triplet("b", [1, 2], STALLED)]
+    log_probs, entropy, top = (
+        [-3.0, -5.0, -4.0, -2.0, -6.0, -8.0],
+        [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        [2.0, 0, 1.0, 0, 0, 1.0],
+    )
+    outputs = {
+        False: torch.tensor(log_probs, requires_grad=True),
+        True: torch.tensor([log_probs, entropy, top], requires_grad=True),
+    }
+    sums = {}
+    for diagnostics, output in outputs.items():
+        [batch] = planner(packing, diagnostics=diagnostics).plan(triplets)
+        loss, _, values = loss_func(batch, ObjectiveSection(), 0.1, output)
+        loss.backward()
+        sums[diagnostics] = dict(zip(SUMMED, values.tolist(), strict=True))
+    measured = {"entropy": (5.0, 7.0, 9.0), "top": (2.0, 0.0, 2.0)}
+    expected = {f"{name}_{role}": value for name in measured for role, value in zip(ROLES, measured[name], strict=True)}
+    assert sums[True] == sums[False] | expected
+    assert outputs[True].grad is not None and outputs[False].grad is not None
+    assert outputs[True].grad[0].equal(outputs[False].grad) and not outputs[True].grad[1:].any()
+
+
+def test_the_first_of_the_ranks_that_share_a_row_counts_its_triplets() -> None:
+    """All of them have the whole loss; megatron-core sums the counts over CP as well."""
+    triplet = Triplet("a", [1, 2], DIFFERENT)
+    found = []
+    for rank in range(2):
+        [batch] = planner(PACKED, context=ContextShare(rank, 2)).plan([triplet])
+        loss, count, sums = loss_func(batch, ObjectiveSection(), 0.1, torch.tensor([-3.0, -5.0, -4.0]))
+        found.append((loss.item(), sums.tolist(), count.item()))
+    assert found[0][:2] == found[1][:2] and [count for _, _, count in found] == [1, 0]

@@ -39,6 +39,7 @@ class RunRecipe:
     active: float = 0.6
     identical: float = 0.05
     empty: float = 0.0
+    diagnostics: bool = False
     prompt: str = "Reverse the word: apple"
     response: str = "elppa"
     config: dict[str, Any] = field(default_factory=dict)
@@ -191,8 +192,21 @@ class RunBuilder:
             mean_slope=1 / (1 + math.exp(margin)) if has_pair else None,
             identical_share=recipe.identical if has_pair else None,
             tokens_per_second=5200 + noise(0, 90),
+            packing_efficiency=0.93,
+            prompt_share_saved=0.6 if self.triplets else 0.5 if has_pair else 0.0,
+            **self._diagnostics(progress, has_pair),
             seconds=1.4 + noise(0, 0.05),
         )
+
+    def _diagnostics(self, progress: float, has_pair: bool) -> dict[str, float | None]:
+        """Entropy falls and agreement rises with training; None where nothing was measured or computed."""
+        computed = {"annotated": True, "synthetic": has_pair, "proto": self.triplets}
+        found: dict[str, float | None] = {}
+        for role, known in computed.items():
+            known = known and self.recipe.diagnostics
+            found[f"entropy_{role}"] = 1.2 - 0.5 * progress if known else None
+            found[f"top_{role}"] = 0.6 + 0.2 * progress if known else None
+        return found
 
     def _stage(self, stage: str, position: int) -> None:
         kind = stage.split("_")[0]

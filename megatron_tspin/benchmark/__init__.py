@@ -1,0 +1,1 @@
+"""Measurements of a training step, beside the tools that people use today."""

@@ -1,0 +1,93 @@
+"""Our own training step, in one of its layouts, as `tspin train` runs it on one rank."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tspin.benchmark.lengths import TokenTriplet
+from megatron_tspin.benchmark.settings import ALPHA, BETA, PACKED, PADDED, StepSettings
+from megatron_tspin.benchmark.sides import LOSS
+from megatron_tspin.config import Config
+from megatron_tspin.config_source import load_config
+from megatron_tspin.objective.batches import Triplet
+from megatron_tspin.objective.roles import ROLES
+
+_ITERATION = 1  # iteration 0 has a beta of its own
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+class OwnSide:
+    """See the module; implements `sides.Side`. The process has joined megatron-core's groups until it ends."""
+
+    def __init__(self, name: str, settings: StepSettings, batch: Sequence[TokenTriplet]) -> None:
+        self._triplets = [
+            Triplet(str(number), triplet.prompt, dict(zip(ROLES, triplet.responses, strict=True)))
+            for number, triplet in enumerate(batch)
+        ]
+        self._open = ExitStack()
+        self._trainer = _make_trainer(make_config(name, settings), self._open)
+
+    def zero_gradients(self) -> None:
+        """See `sides.Side`. The trainer does it at the start of each step, inside the timed part."""
+        self._trainer.policy.zero_grad_buffer()
+
+    def forward_backward(self) -> dict[str, float]:
+        """See `sides.Side`."""
+        from megatron_tspin.objective.forward import SUMMED
+
+        sums = dict(zip(SUMMED, self._trainer.forward_backward(self._triplets).tolist(), strict=True))
+        return {name: sums[name] for name in (LOSS, *(f"log_prob_{role}" for role in ROLES))}
+
+    def versions(self) -> dict[str, str]:
+        """See `sides.Side`."""
+        import megatron.core
+
+        import megatron_tspin
+
+        return {
+            "torch": torch.__version__,
+            "megatron-core": megatron.core.__version__,
+            "megatron_tspin": megatron_tspin.__version__,
+        }
+
+
+def make_config(name: str, settings: StepSettings) -> Config:
+    """The run that a side stands for."""
+    whole = -(-settings.triplets // settings.micro_batch_size) * settings.micro_batch_size
+    flags: dict[str, Any] = {
+        "run_dir": "unused",
+        "model.hf_checkpoint": settings.model,
+        "data.annotated": "unused",
+        "data.seq_length": max(settings.max_length, 8),
+        "generation.max_new_tokens": 1,
+        "objective.alpha": ALPHA,
+        "objective.beta": BETA,
+        "training.micro_batch_size": settings.micro_batch_size,
+        "training.global_batch_size": whole,
+        "training.bf16": settings.bf16,
+        "training.layout": "padded" if name == PADDED else "packed",
+        "parallel.cpu_threads": settings.threads,
+    }
+    if name != PADDED:
+        flags |= {"training.share_prompts": name == PACKED, "training.row_capacity": settings.row_capacity}
+    return load_config(None, flags)
+
+
+def _make_trainer(config: Config, still_open: ExitStack) -> Any:
+    """A trainer with the checkpoint's weights; `still_open` keeps this process's groups."""
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.models.hf_config import read_architecture
+    from megatron_tspin.models.provider import make_model_provider
+    from megatron_tspin.parallel import distributed
+    from megatron_tspin.training.loop import build_trainer
+
+    os.environ |= _ALONE
+    topology = still_open.enter_context(distributed(config.parallel))
+    architecture = read_architecture(Path(config.model.hf_checkpoint))
+    model = make_model_provider(architecture, config.parallel, config.training)()
+    load_hf(model, topology)
+    return build_trainer(config, _ITERATION, topology, model, num_steps=1)

@@ -1,0 +1,150 @@
+"""`tspin bench`: how fast a training step is, beside plain transformers and TRL."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tspin.benchmark.machine import cores
+from megatron_tspin.cli.arguments import command_parser
+from megatron_tspin.errors import EXIT_OK, StageError
+
+if TYPE_CHECKING:
+    from megatron_tspin.benchmark.results import StepResult
+    from megatron_tspin.benchmark.settings import StepSettings
+    from megatron_tspin.cli.arguments import Subparsers
+
+_DESCRIPTION = """Measure how fast a training step is.
+
+example
+  tspin bench step --quick --model CHECKPOINT"""
+
+_STEP_DESCRIPTION = """Measure one training step, forward and backward over a global batch of triplets, side by side.
+
+All sides run in one go, on the same weights, token ids and threads, and take turns. The optimizer is left out
+everywhere, and the sides have to agree on loss and log-probs before anything is timed. The last line printed is the
+speedup over transformers.
+
+reads   the HF checkpoint --model; the triplets are random tokens with the lengths that --lengths describes
+writes  step_<model>_<lengths>_<max length>.json (every repetition) and .html (plot) in --output
+
+examples
+  tspin bench step --quick --model smollm2
+  tspin bench step --model smollm2 --sides transformers transformers_mb1 trl packed --trl-path trl_site
+  tspin bench step --head-memory"""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Adds the command."""
+    parser = command_parser(subparsers, "bench", "speed of a training step, beside other tools", _DESCRIPTION)
+    benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    step = command_parser(benches, "step", "one step, forward and backward", _STEP_DESCRIPTION)
+    _add_what(step)
+    _add_how(step)
+    step.set_defaults(run=run)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    from megatron_tspin.benchmark.lengths import DISTRIBUTIONS
+    from megatron_tspin.benchmark.settings import SIDES
+
+    parser.add_argument(
+        "--model", type=Path, metavar="HF_DIR", help="checkpoint of the policy [the quickstart's tiny one]"
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="what to measure [all; --quick: no TRL, no mb1]")
+    parser.add_argument("--lengths", choices=DISTRIBUTIONS, default="ultrachat", help="length distribution [ultrachat]")
+    parser.add_argument(
+        "--max-length", type=_count, metavar="N", help="most tokens of prompt and response [2048; --quick: 384]"
+    )
+    parser.add_argument("--triplets", type=_count, metavar="N", help="triplets of the global batch [16; --quick: 4]")
+    parser.add_argument(
+        "--micro-batch-size", type=_count, metavar="N", help="padded triplets in one pass [4; --quick: 2]"
+    )
+    parser.add_argument(
+        "--row-capacity",
+        type=_count,
+        metavar="N",
+        help="tokens of a packed row [--max-length times --micro-batch-size, or times 3 if that is more]",
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 instead of fp32")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and token ids [0]")
+    parser.add_argument(
+        "--head-memory", action="store_true", help="measure the peak memory of the head alone instead of a step"
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="small enough for ten minutes on two cores")
+    parser.add_argument("--rounds", type=_count, metavar="N", help="timed repetitions of each side [5; --quick: 3]")
+    parser.add_argument("--threads", type=_count, default=cores(), metavar="N", help="threads of a side [all cores]")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="start no round that would end later [no limit; --quick: 9]"
+    )
+    parser.add_argument("--trl-path", type=Path, metavar="DIR", help="folder with TRL, if the environment has none")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="DIR",
+        help="where the results go [benchmarks/results]",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        StageError: One of our own sides or plain transformers could not be measured.
+    """
+    if args.head_memory:
+        return _run_heads(args)
+    from megatron_tspin.benchmark.output import print_result, write_result
+    from megatron_tspin.benchmark.step import run_step_benchmark
+
+    result = run_step_benchmark(_settings(args))
+    write_result(result, args.output)
+    print_result(result)
+    _refuse_gaps(result)
+    return EXIT_OK
+
+
+def _settings(args: argparse.Namespace) -> "StepSettings":
+    from megatron_tspin.benchmark.settings import Wishes, settle
+    from megatron_tspin.cli.quickstart import example_folder
+    from megatron_tspin.models.hf_config import read_architecture
+
+    wishes = Wishes(
+        quick=args.quick,
+        sides=None if args.sides is None else tuple(args.sides),
+        max_length=args.max_length,
+        triplets=args.triplets,
+        micro_batch_size=args.micro_batch_size,
+        row_capacity=args.row_capacity,
+        rounds=args.rounds,
+        minutes=args.minutes,
+    )
+    architecture = read_architecture(args.model or example_folder() / "checkpoint")
+    return settle(wishes, architecture, args.lengths, args.threads, args.bf16, args.seed, args.trl_path)
+
+
+def _refuse_gaps(result: "StepResult") -> None:
+    """TRL is optional; the other sides are not."""
+    from megatron_tspin.benchmark.settings import TRL
+
+    failed = [f"{side.name}: {side.absent}" for side in result.sides if side.absent is not None and side.name != TRL]
+    if failed:
+        raise StageError("these sides could not be measured\n" + "\n".join(failed))
+
+
+def _run_heads(args: argparse.Namespace) -> int:
+    from megatron_tspin.benchmark.head import HeadSettings, report_heads, run_head_benchmark
+
+    settings = HeadSettings(threads=args.threads, bf16=args.bf16)
+    report_heads(settings, run_head_benchmark(settings), args.output)
+    return EXIT_OK
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number

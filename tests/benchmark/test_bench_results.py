@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tspin.benchmark.agreement import check_agreement
+from megatron_tspin.benchmark.output import as_json, print_result, write_result
+from megatron_tspin.benchmark.results import SideResult, StepResult
+from megatron_tspin.benchmark.settings import SIDES, StepSettings, Wishes, settle
+from megatron_tspin.errors import InputError, ParityError
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.objective.packing import Shape
+
+
+def make_settings(**changes: Any) -> StepSettings:
+    given: dict[str, Any] = {
+        "model": "/somewhere/private/smol",
+        "sides": ("transformers", "trl", "packed"),
+        "lengths": "ultrachat",
+        "max_length": 64,
+        "triplets": 6,
+        "micro_batch_size": 2,
+        "row_capacity": 256,
+        "rounds": 3,
+        "threads": 1,
+        "trl_path": "/somewhere/private/trl",
+    }
+    return StepSettings(**(given | changes))
+
+
+def make_result() -> StepResult:
+    return StepResult(
+        settings=make_settings(),
+        date="2030-01-02T03:04:05+00:00",
+        machine={"cpu": "a <fast> one", "cores": 2},
+        memory_method="a scale",
+        prompt_tokens=[5] * 6,
+        response_tokens=[[10, 10, 10]] * 6,
+        useful_flops=2e9,
+        matmul_flops_per_second=[4e9, 5e9],
+        sides=[
+            SideResult("transformers", 8e9, seconds=[6.0, 3.0, 4.0], peak_mib=[10.0, 30.0, 20.0]),
+            SideResult("trl", 8e9, absent="No module named 'trl'"),
+            SideResult("packed", 2e9, seconds=[1.0, 2.0, 1.5], peak_mib=[5.0]),
+        ],
+    )
+
+
+def test_rates_are_medians_and_ranges() -> None:
+    result = make_result()
+    rate = result.triplets_per_second(result.sides[0])
+    assert (rate.median, rate.low, rate.high) == (1.5, 1.0, 2.0)
+    assert result.response_tokens_per_second(result.sides[0]) == 180 / 4
+    assert result.speedup(result.sides[2]) == pytest.approx(4.0 / 1.5)
+    assert result.predicted_speedup(result.sides[2]) == 4
+    assert result.useful_share_of_peak(result.sides[2]) == pytest.approx(2 / 1.5 / 5)
+
+
+def test_the_last_line_is_the_headline(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(make_result())
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "speedup over transformers: 2.67"
+    assert "trl is left out: No module named 'trl'" in printed
+    row = next(line for line in printed.splitlines() if line.strip().startswith("transformers"))
+    assert {"1.5", "1..2", "45", "1.00", "30", "10%"} <= set(row.split())
+
+
+@pytest.mark.parametrize("name", ["transformers", "packed"])
+def test_no_headline_without_both_sides(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = make_result()
+    next(side for side in result.sides if side.name == name).seconds.clear()
+    print_result(result)
+    assert result.headline() is None
+    assert "speedup over transformers:" not in capsys.readouterr().out
+
+
+def test_files_hold_every_repetition_and_no_path_of_the_machine(tmp_path: Path) -> None:
+    target = write_result(make_result(), tmp_path / "results")
+    assert target.name == "step_smol_ultrachat_64.json"
+    tree = json.loads(target.read_text())
+    assert tree["sides"][0]["seconds"] == [6.0, 3.0, 4.0]
+    assert tree["sides"][0]["triplets_per_second"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert tree["sides"][1]["absent"] == "No module named 'trl'" and "speedup" not in tree["sides"][1]
+    assert tree["includes_optimizer"] is False
+    assert tree == json.loads(json.dumps(as_json(make_result())))
+    page = target.with_suffix(".html").read_text()
+    assert "packed" in page and "<fast>" not in page
+    assert "somewhere/private" not in target.read_text() + page
+
+
+def side(name: str, **sums: float) -> SideResult:
+    return SideResult(name, 0.0, sums=sums)
+
+
+def test_sides_that_agree_pass() -> None:
+    check_agreement([side("packed", loss=1.00009), side("transformers", loss=1.0), side("trl", other=3.0)], bf16=False)
+    check_agreement([side("packed", loss=1.005), side("transformers", loss=1.0)], bf16=True)
+    check_agreement([], bf16=False)
+
+
+@pytest.mark.parametrize("wrong", [1.00011, float("nan"), float("inf")])
+def test_disagreement_names_both_values(wrong: float) -> None:
+    sides = [side("packed", loss=wrong), side("transformers", loss=1.0), side("padded", loss=1.0)]
+    with pytest.raises(ParityError, match=f"loss of the batch: transformers 1, packed {wrong:.9g}") as caught:
+        check_agreement(sides, bf16=False)
+    assert "padded" not in str(caught.value)
+
+
+def make_architecture(positions: int) -> Architecture:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "num_heads": 1}
+    return Architecture(
+        family="llama",
+        **sizes,
+        num_kv_heads=1,
+        head_dim=8,
+        norm_eps=1e-5,
+        tied_embeddings=True,
+        max_positions=positions,
+        sliding_window=None,
+        folder=Path("somewhere"),
+    )
+
+
+def settled(wishes: Wishes, positions: int = 4096) -> StepSettings:
+    return settle(wishes, make_architecture(positions), "ultrachat", 1, False, 0, None)
+
+
+def test_defaults_depend_on_quick_and_fit_the_policy() -> None:
+    full, quick = settled(Wishes()), settled(Wishes(quick=True))
+    assert (full.max_length, full.sides, full.minutes) == (2048, tuple(SIDES), None)
+    assert (quick.max_length, quick.sides) == (384, ("transformers", "padded", "unshared", "packed"))
+    assert quick.minutes is not None and quick.minutes < 10 and quick.triplets < full.triplets
+    assert settled(Wishes(), positions=128).max_length == 128
+    assert settled(Wishes(quick=True, triplets=7, sides=("packed", "trl"))).sides == ("trl", "packed")
+    with pytest.raises(InputError, match="--max-length 256 is more than the 128 positions"):
+        settled(Wishes(max_length=256), positions=128)
+
+
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(quick=True), Wishes(micro_batch_size=1)])
+def test_rows_hold_any_triplet_by_default(wishes: Wishes) -> None:
+    settings = settled(wishes)
+    longest = Shape(1, (settings.max_length - 1,) * 3)
+    assert longest.row_tokens(share_prompts=False) <= settings.row_capacity
