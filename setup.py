@@ -36,6 +36,7 @@ setup(
         "tensorboard>=2.18",
     ],
     extras_require={
+        "bench": ["trl>=1.16", "accelerate>=1.15", "datasets>=5.2"],
         "te": ["transformer-engine[pytorch]"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
     },

@@ -50,6 +50,6 @@ def make_figure(result: StepResult) -> go.Figure:
         template="plotly_white",
         legend={"orientation": "h", "y": -0.12},
         height=520,
-        margin={"t": 120},
+        margin={"t": 150},
     )
     return figure

@@ -9,6 +9,7 @@ from megatron_tspin.objective.roles import ROLES
 
 TRANSFORMERS = "transformers"
 TRANSFORMERS_MB1 = "transformers_mb1"
+RECIPE = "recipe"
 TRL = "trl"
 PADDED = "padded"
 UNSHARED = "unshared"
@@ -17,6 +18,7 @@ PACKED = "packed"
 SIDES = {
     TRANSFORMERS: "plain transformers as in the Alignment Handbook: padded rows of all roles, full logits",
     TRANSFORMERS_MB1: "the same with one triplet a micro-batch, which pads least",
+    RECIPE: "the same with gradient checkpointing and larger micro-batches, as the public recipes run it",
     TRL: "TRL's TPOTrainer: three responses a prompt, no reference model",
     PADDED: "ours, one padded row a response",
     UNSHARED: "ours, packed rows, each response with a prompt of its own",
@@ -32,6 +34,10 @@ ALPHA = 0.001
 slope of 0 or 1, and numbers too small to be normal slow a CPU down."""
 BETA = 0.1
 """Weight of the historical advantage, so that all three responses are computed."""
+
+RECIPE_MICRO_BATCH = 8
+"""Of alignment-handbook's recipes/zephyr-7b-beta/dpo/config_full.yaml and of uclaml/SPIN's configs/config.yaml, which
+both set `gradient_checkpointing: true` and `max_length: 1024`."""
 
 _LONGEST = 2048
 _TRIPLETS = 16
@@ -56,6 +62,7 @@ class StepSettings:
         max_length: Most tokens of a prompt and a response together.
         triplets: Triplets of the global batch.
         micro_batch_size: Triplets in a padded micro-batch.
+        recipe_micro_batch_size: The same of the side with gradient checkpointing.
         row_capacity: Tokens of a packed row.
         rounds: Timed repetitions of each side; after each one the next side has its turn.
         threads: CPU threads of a side.
@@ -78,10 +85,11 @@ class StepSettings:
     seed: int = 0
     trl_path: str | None = None
     minutes: float | None = None
+    recipe_micro_batch_size: int = RECIPE_MICRO_BATCH
 
     def micro_batch_of(self, side: str) -> int:
         """Triplets in a padded micro-batch of a side."""
-        return 1 if side == TRANSFORMERS_MB1 else self.micro_batch_size
+        return {TRANSFORMERS_MB1: 1, RECIPE: self.recipe_micro_batch_size}.get(side, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Wishes:
     max_length: int | None = None
     triplets: int | None = None
     micro_batch_size: int | None = None
+    recipe_micro_batch_size: int | None = None
     row_capacity: int | None = None
     rounds: int | None = None
     minutes: float | None = None
@@ -131,5 +140,6 @@ def settle(
         bf16=bf16,
         seed=seed,
         trl_path=None if trl_path is None else str(trl_path),
+        recipe_micro_batch_size=wishes.recipe_micro_batch_size or RECIPE_MICRO_BATCH,
         minutes=wishes.minutes or (_QUICK_MINUTES if quick else None),
     )

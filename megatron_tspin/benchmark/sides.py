@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 from megatron_tspin.benchmark.lengths import TokenTriplet
-from megatron_tspin.benchmark.settings import OWN_SIDES, TRL, StepSettings
+from megatron_tspin.benchmark.settings import OWN_SIDES, RECIPE, TRL, StepSettings
 from megatron_tspin.errors import TspinError
 
 LOSS = "loss"
@@ -60,4 +60,4 @@ def make_side(name: str, settings: StepSettings, batch: Sequence[TokenTriplet]) 
         return TrlSide(settings, batch)
     from megatron_tspin.benchmark.transformers_side import TransformersSide
 
-    return TransformersSide(settings, batch, settings.micro_batch_of(name))
+    return TransformersSide(settings, batch, settings.micro_batch_of(name), checkpointing=name == RECIPE)

@@ -52,8 +52,12 @@ def zero_gradients(model: Any) -> None:
 class TransformersSide:
     """See the module; implements `sides.Side`."""
 
-    def __init__(self, settings: StepSettings, batch: Sequence[TokenTriplet], micro_batch_size: int) -> None:
+    def __init__(
+        self, settings: StepSettings, batch: Sequence[TokenTriplet], micro_batch_size: int, checkpointing: bool = False
+    ) -> None:
         self._model = load_model(settings)
+        if checkpointing:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._triplets = len(batch)
         self._micro_batches = [
             _pad(batch[start : start + micro_batch_size]) for start in range(0, len(batch), micro_batch_size)

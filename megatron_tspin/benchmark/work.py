@@ -5,10 +5,10 @@ fused attention computes its scores again there, and so does our head with its l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tspin.benchmark.lengths import response_tokens
-from megatron_tspin.benchmark.settings import OWN_SIDES, PACKED, PADDED, StepSettings
+from megatron_tspin.benchmark.settings import OWN_SIDES, PACKED, PADDED, RECIPE, StepSettings
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.objective.packing import Shape, work_model
 
@@ -28,6 +28,7 @@ class Work:
         head_positions: Positions whose logits are computed.
         head: Operations of the head's forward and backward, over those of its forward.
         attention: The same for attention.
+        layers: The same for the linear layers.
     """
 
     tokens: int
@@ -35,12 +36,13 @@ class Work:
     head_positions: int
     head: float = _TRAINED
     attention: float = _TRAINED_ATTENTION
+    layers: float = _TRAINED
 
     def flops(self, architecture: Architecture) -> float:
         """Floating-point operations of forward and backward."""
         work = work_model(architecture)
         return (
-            _TRAINED * work.per_token * self.tokens
+            self.layers * work.per_token * self.tokens
             + self.attention * work.per_pair * self.pairs
             + self.head * work.per_target * self.head_positions
         )
@@ -59,7 +61,10 @@ def predicted_flops(side: str, shapes: Sequence[Shape], architecture: Architectu
         return _padded(shapes, settings.micro_batch_size).flops(architecture)
     if side in OWN_SIDES:
         return _packed(shapes, share_prompts=side == PACKED).flops(architecture)
-    return _concatenated(shapes, settings.micro_batch_of(side)).flops(architecture)
+    work = _concatenated(shapes, settings.micro_batch_of(side))
+    if side == RECIPE:  # layers run forward once more
+        work = replace(work, layers=_TRAINED + 1, attention=_TRAINED_ATTENTION + 1)
+    return work.flops(architecture)
 
 
 def useful_flops(shapes: Sequence[Shape], architecture: Architecture) -> float:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from megatron_tspin.benchmark.settings import StepSettings
     from megatron_tspin.cli.arguments import Subparsers
 
-_DESCRIPTION = """Measure how fast a training step is.
+_DESCRIPTION = """Measure how fast a training step is, beside plain transformers and TRL, in one run on this machine.
+
+reads   an HF checkpoint; the triplets are random tokens
+writes  JSON and a plot in benchmarks/results, or --output
 
 example
   tspin bench step --quick --model CHECKPOINT"""
@@ -30,7 +33,8 @@ writes  step_<model>_<lengths>_<max length>.json (every repetition) and .html (p
 examples
   tspin bench step --quick --model smollm2
   tspin bench step --model smollm2 --sides transformers transformers_mb1 trl packed --trl-path trl_site
-  tspin bench step --head-memory"""
+  tspin bench step --head-memory
+  tspin bench step --profile --quick --model smollm2"""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -50,7 +54,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="HF_DIR", help="checkpoint of the policy [the quickstart's tiny one]"
     )
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="what to measure [all; --quick: no TRL, no mb1]")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="what to measure [all; --quick: our own and `transformers`]"
+    )
     parser.add_argument("--lengths", choices=DISTRIBUTIONS, default="ultrachat", help="length distribution [ultrachat]")
     parser.add_argument(
         "--max-length", type=_count, metavar="N", help="most tokens of prompt and response [2048; --quick: 384]"
@@ -58,6 +64,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--triplets", type=_count, metavar="N", help="triplets of the global batch [16; --quick: 4]")
     parser.add_argument(
         "--micro-batch-size", type=_count, metavar="N", help="padded triplets in one pass [4; --quick: 2]"
+    )
+    parser.add_argument(
+        "--recipe-micro-batch-size",
+        type=_count,
+        metavar="N",
+        help="the same of the side `recipe`, which checkpoints gradients [8, as the public recipes]",
     )
     parser.add_argument(
         "--row-capacity",
@@ -69,6 +81,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and token ids [0]")
     parser.add_argument(
         "--head-memory", action="store_true", help="measure the peak memory of the head alone instead of a step"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="tell where the time of our packed step goes instead of comparing"
     )
 
 
@@ -97,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.head_memory:
         return _run_heads(args)
+    if args.profile:
+        return _run_profile(args)
     from megatron_tspin.benchmark.output import print_result, write_result
     from megatron_tspin.benchmark.step import run_step_benchmark
 
@@ -118,6 +135,7 @@ def _settings(args: argparse.Namespace) -> "StepSettings":
         max_length=args.max_length,
         triplets=args.triplets,
         micro_batch_size=args.micro_batch_size,
+        recipe_micro_batch_size=args.recipe_micro_batch_size,
         row_capacity=args.row_capacity,
         rounds=args.rounds,
         minutes=args.minutes,
@@ -140,6 +158,14 @@ def _run_heads(args: argparse.Namespace) -> int:
 
     settings = HeadSettings(threads=args.threads, bf16=args.bf16)
     report_heads(settings, run_head_benchmark(settings), args.output)
+    return EXIT_OK
+
+
+def _run_profile(args: argparse.Namespace) -> int:
+    from megatron_tspin.benchmark.profile import report_profile, run_profile
+
+    settings = _settings(args)
+    report_profile(settings, run_profile(settings), args.output)
     return EXIT_OK
 
 

@@ -19,6 +19,7 @@ from megatron_tspin.errors import DivergenceError, InputError, ParityError, Stag
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "run", "quickstart", "tokenize", "convert", "rollout", "train", "generate", "evaluate", "score", "export", "report",
+    "bench",
 )  # fmt: skip
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TSPIN_LOG_FILE")
 

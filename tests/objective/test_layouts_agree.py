@@ -31,7 +31,9 @@ def loss_and_gradients(planner: Any, triplets: list[Any], model: Any) -> tuple[f
 
 def compare_layouts(folder: Path) -> int:
     """Returns the number of examples that packed more than one triplet into a row."""
-    from hypothesis import given, settings
+    from dataclasses import replace
+
+    from hypothesis import Phase, given, settings
     from hypothesis import strategies as st
 
     from megatron_tspin.checkpoint.convert import load_hf
@@ -47,11 +49,12 @@ def compare_layouts(folder: Path) -> int:
         load_hf(model, topology)
         work = work_model(architecture)
 
-        @settings(max_examples=EXAMPLES, deadline=None, database=None)
+        # Always the same: gradients that cancel leave rounding alone. Shrinking would take longer than a rank may.
+        @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
         @given(triplets=triplet_lists(), share_prompts=st.booleans(), spare=st.integers(0, 400), uniform=st.booleans())
         def check(triplets: list[Any], share_prompts: bool, spare: int, uniform: bool) -> None:
             nonlocal together
-            triplets = [type(each)(each.id, each.prompt, each.responses) for each in triplets]
+            triplets = [replace(each, reference=None) for each in triplets]
             largest = max(each.shape().row_tokens(share_prompts) for each in triplets)
             packing = Packing(-(-(largest + spare) // 8) * 8, 8, share_prompts, uniform)
             packed = BatchPlanner(packing, work, ROLES, 1)

@@ -117,12 +117,20 @@ def test_replicas_take_turns_at_the_heavier_row() -> None:
 
 def test_work_decides_and_not_tokens() -> None:
     """Eight short triplets have the tokens of one long one, but not its attention."""
-    of = [Shape(80, (1,)), *[Shape(10, (1,))] * 8]
+    of = [*[Shape(10, (1,))] * 8, Shape(80, (1,))]
     attention = WorkModel(per_token=0.0, per_pair=1.0, per_target=0.0)
     [first, second] = (rows[0].members for rows in plan_rows(of, Packing(1000, 8), attention, replicas=2))
-    assert (first, second) == ((0,), tuple(range(1, 9)))
-    by_tokens = plan_rows(of[:5], Packing(1000, 8), TOKENS_ALONE, replicas=2)
-    assert [rows[0].members for rows in by_tokens] == [(0,), (1, 2, 3, 4)]
+    assert (first, second) == ((8,), tuple(range(8))), "the heavy one comes last and has its row all the same"
+    by_tokens = plan_rows(of[4:], Packing(1000, 8), TOKENS_ALONE, replicas=2)
+    assert [rows[0].members for rows in by_tokens] == [(4,), (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize(("replicas", "rows_multiple", "each"), [(1, 1, 6), (2, 1, 3), (4, 1, 2), (1, 4, 8), (2, 2, 4)])
+def test_rows_are_added_one_at_a_time(replicas: int, rows_multiple: int, each: int) -> None:
+    """Six triplets that need a row each, though four rows have the tokens."""
+    packing = Packing(64, 8, rows_multiple=rows_multiple)
+    shares = plan_rows([Shape(33, (1,))] * 6, packing, WORK, replicas)
+    assert [len(rows) for rows in shares] == [each] * replicas
 
 
 def test_fewer_triplets_than_replicas() -> None:
