@@ -83,7 +83,8 @@ def train(config: Config, export: Path, stop_after: int | None = None) -> list[f
             trainer = _trainer(config, topology)
             trainer.done = load_checkpoint(saved, trainer.policy.module, topology, trainer.optimizer)["step"]
             losses += _steps(trainer, config, NUM_STEPS)
-        export_hf(trainer.whole_policy(), topology, Path(config.model.hf_checkpoint), export)
+        (policy,) = trainer.whole_policy()
+        export_hf(policy, topology, Path(config.model.hf_checkpoint), export)
         return losses
 
 
