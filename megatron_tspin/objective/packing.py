@@ -217,8 +217,13 @@ def check_capacity(shapes: Sequence[Shape], ids: Sequence[str], packing: Packing
     )
 
 
-def truncated(shape: Shape, packing: Packing) -> Shape:
+def truncated(shape: Shape, packing: Packing, identifier: str) -> Shape:
     """The triplet with its longest responses cut, all to the same length, so that it fits into a row.
+
+    Args:
+        shape: The triplet.
+        packing: The row.
+        identifier: Id of the prompt, for the error.
 
     Raises:
         InputError: The prompt alone leaves no room for one token of each response.
@@ -229,8 +234,8 @@ def truncated(shape: Shape, packing: Packing) -> Shape:
     room = packing.capacity - prompts + len(shape.responses)
     if room < len(shape.responses):
         raise InputError(
-            f"training.row_capacity = {packing.capacity} tokens does not hold a prompt of {shape.prompt} tokens; "
-            "raise --tspin-row-capacity"
+            f"training.row_capacity = {packing.capacity} tokens does not hold prompt {identifier} of {shape.prompt} "
+            "tokens; raise --tspin-row-capacity"
         )
     kept = dict(enumerate(shape.responses))
     lengths = [0] * len(shape.responses)

@@ -45,7 +45,9 @@ def score_pairs(
     work = work_model(chunks[0].architecture)
     draws = description is not None and topology.speaks
     with torch.no_grad(), progress_bar(description or "", len(pairs), "response", draws) as bar:
-        for groups in _portions(_shared(pairs), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size):
+        for groups in _portions(
+            _shared(pairs, row_tokens), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size
+        ):
             shapes = [group.shape for group in groups]
             packing = Packing(
                 capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
@@ -82,11 +84,15 @@ class _SharedPrompt:
         return Shape(len(self.prompt), tuple(len(response) for response in self.responses))
 
 
-def _shared(pairs: Sequence[Pair]) -> list[_SharedPrompt]:
+def _shared(pairs: Sequence[Pair], row_tokens: int) -> list[_SharedPrompt]:
+    """Groups of neighbours with one prompt, each as large as a row lets it."""
     found: list[_SharedPrompt] = []
+    held = 0
     for index, (prompt, response) in enumerate(pairs):
-        if not found or list(found[-1].prompt) != list(prompt):
+        held += len(response) - 1
+        if not found or held > row_tokens or list(found[-1].prompt) != list(prompt):
             found.append(_SharedPrompt(prompt, [], []))
+            held = len(prompt) + len(response) - 1
         found[-1].responses.append(response)
         found[-1].indices.append(index)
     return found

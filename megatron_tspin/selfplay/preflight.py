@@ -9,6 +9,8 @@ from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.data.annotated import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.objective.packing import row_packing
+from megatron_tspin.objective.roles import stored_roles
 from megatron_tspin.selfplay.disk_space import check_disk_space
 from megatron_tspin.selfplay.plan import scorer_file
 from megatron_tspin.selfplay.weights import check_weights
@@ -23,7 +25,15 @@ def preflight(config: Config) -> None:
     Raises:
         InputError: All that is wrong, one line each.
     """
-    checks = (_check_examples, _check_held_out, _check_model, _check_tokenizer, _check_scorer, check_disk_space)
+    checks = (
+        _check_examples,
+        _check_held_out,
+        _check_model,
+        _check_rows,
+        _check_tokenizer,
+        _check_scorer,
+        check_disk_space,
+    )
     problems = [problem for check in checks for problem in _problems(check, config)]
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
@@ -68,6 +78,24 @@ def _layout_problems(architecture: Architecture, config: Config) -> Iterator[str
         except InputError as error:
             place = " (generation's layout)" if layout != training else ""
             yield from (f"{line}{place}" for line in str(error).splitlines())
+
+
+def _check_rows(config: Config) -> None:
+    """A packed row holds any triplet that the run may come to: later the setting can no longer change."""
+    packing, training = row_packing(config), config.training
+    if packing is None or training.row_capacity is None or training.over_capacity == "truncate":
+        return
+    roles, longest = len(stored_roles(config.objective.method)), config.data.seq_length
+    if packing.share_prompts:  # the annotated response has what seq_length leaves, the others are generated
+        needed = longest + (roles - 1) * config.generation.max_new_tokens - roles
+    else:
+        needed = roles * (longest - 1)
+    if needed > packing.capacity:
+        raise InputError(
+            f"training.row_capacity = {training.row_capacity} does not hold every triplet that the run may come to: "
+            f"with data.seq_length = {longest} and generation.max_new_tokens = {config.generation.max_new_tokens} up "
+            f"to {needed} tokens; raise --tspin-row-capacity, or let --tspin-over-capacity truncate cut responses"
+        )
 
 
 def _check_tokenizer(config: Config) -> None:

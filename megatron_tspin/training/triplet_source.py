@@ -89,7 +89,7 @@ class TripletSource:
         if over_capacity == "refuse":
             check_capacity(shapes, self._ids, packing)
             return shapes
-        cut = [truncated(shape, packing) for shape in shapes]
+        cut = [truncated(shape, packing, identifier) for shape, identifier in zip(shapes, self._ids, strict=True)]
         changed = [identifier for identifier, old, new in zip(self._ids, shapes, cut, strict=True) if old != new]
         if changed:
             _log.warning(

@@ -225,10 +225,10 @@ def test_the_config_says_how_to_pack() -> None:
 def test_truncating(shape: Shape, capacity: int, share_prompts: bool) -> None:
     packing, count = Packing(capacity, 1, share_prompts), len(shape.responses)
     if shape.prompt * (1 if share_prompts else count) > capacity:
-        with pytest.raises(InputError, match=f"does not hold a prompt of {shape.prompt} tokens"):
-            truncated(shape, packing)
+        with pytest.raises(InputError, match=f"does not hold prompt q7 of {shape.prompt} tokens"):
+            truncated(shape, packing, "q7")
         return
-    found = truncated(shape, packing)
+    found = truncated(shape, packing, "q7")
     if shape.row_tokens(share_prompts) <= capacity:
         assert found == shape
         return
@@ -241,5 +241,5 @@ def test_truncating(shape: Shape, capacity: int, share_prompts: bool) -> None:
 
 
 def test_short_responses_stay_whole() -> None:
-    assert truncated(Shape(10, (50, 4, 31)), Packing(64, 8)) == Shape(10, (27, 4, 26))
-    assert truncated(Shape(10, (7, 7)), Packing(24, 8)) == Shape(10, (7, 7))
+    assert truncated(Shape(10, (50, 4, 31)), Packing(64, 8), "q7") == Shape(10, (27, 4, 26))
+    assert truncated(Shape(10, (7, 7)), Packing(24, 8), "q7") == Shape(10, (7, 7))

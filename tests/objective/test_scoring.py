@@ -81,3 +81,11 @@ def test_scores_come_in_the_order_of_the_input(layout: dict[str, int], ranks: An
         assert scores == pytest.approx(expected, rel=1e-5)
         assert len(rows) > 2 and all(used <= length for length, used, _ in rows)
         assert max(length for length, _, _ in rows) <= 64
+
+
+def test_a_shared_prompt_takes_as_many_rows_as_it_needs() -> None:
+    from megatron_tspin.objective.scoring import _shared
+
+    groups = _shared([([1] * 100, [2] * 2000)] * 5, 5000)
+    assert [group.indices for group in groups] == [[0, 1], [2, 3], [4]]
+    assert all(group.shape.row_tokens(share_prompts=True) <= 5000 for group in groups)

@@ -167,3 +167,27 @@ def test_what_a_run_has_written_counts_as_available(
     (world / "run").mkdir()
     (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(56, 2)))
     preflight(config_of())
+
+
+@pytest.mark.parametrize(
+    ("capacity", "over", "share", "fits"),
+    [
+        (61, "refuse", True, False),  # rows are multiples of 8
+        (64, "refuse", True, True),
+        (61, "truncate", True, True),
+        (64, "refuse", False, False),
+        (None, "refuse", False, True),
+    ],
+)
+def test_a_row_has_to_hold_any_triplet_of_the_run(
+    config_of: ConfigOf, capacity: int | None, over: str, share: bool, fits: bool
+) -> None:
+    """A row that turned out too short after the first rollout would end the run: settings are fixed by then."""
+    rows = {"row_capacity": capacity, "over_capacity": over, "share_prompts": share}
+    settings = {f"training__{name}": value for name, value in rows.items()}
+    config = config_of(data__seq_length=32, generation__max_new_tokens=16, **settings)
+    if fits:
+        preflight(config)
+    else:
+        (line,) = refused(config)
+        assert f"training.row_capacity = {capacity}" in line and "--tspin-row-capacity" in line
