@@ -1,14 +1,17 @@
 """Every setting of a run, with its type, its default, its bounds and its command-line flag.
 
-This is the only place that holds a default. A run is described by a YAML file with the sections below; flags (with
-Megatron's names where Megatron has one) override it. Unknown keys, wrong types and impossible combinations are refused
-by name.
+This, with the number formats in `config_precision`, is the only place that holds a default. A run is described by a
+YAML file with the sections below; flags (with Megatron's names where Megatron has one) override it. Unknown keys, wrong
+types and impossible combinations are refused by name.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
+
+from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.config_section import Section, setting
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 CHAT_TEMPLATE = "chat"
@@ -16,17 +19,6 @@ _ROW_UNIT = 8
 _MOST_ROLES = 3
 
 Method = Literal["tspin", "spin", "tspin_ref", "sft"]
-
-
-def setting(default: Any, flag: str | None, description: str, **bounds: Any) -> Any:
-    """A config field with its flag. `...` as default makes it required; `flag=None` hides it from the command line."""
-    return Field(default, description=description, json_schema_extra={"flag": flag}, **bounds)
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=False)
 
 
 class ModelSection(Section):
@@ -140,7 +132,6 @@ class TrainingSection(Section):
     recompute_granularity: Literal["full", "selective"] | None = setting(
         None, "--recompute-granularity", "Recompute activations in backward: whole layers, or attention only."
     )
-    bf16: bool = setting(False, "--bf16", "Compute in bfloat16 with fp32 master weights; otherwise fp32.")
     layout: Literal["packed", "padded"] = setting(
         "packed",
         "--tspin-layout",
@@ -220,15 +211,17 @@ class ParallelSection(Section):
         model_parallel = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return model_parallel * self.context_parallel_size * self.data_parallel_size
 
-    @property
-    def row_multiple(self) -> int:
+    def row_multiple(self, tokens: int = 1) -> int:
         """What the length of every row has to be a multiple of; the one place that knows.
 
         Under context parallelism each rank holds two equal chunks of a row; under sequence parallelism TP splits those.
+
+        Args:
+            tokens: What the tokens that a rank holds have to be a multiple of (`PrecisionSection.tokens_multiple`).
         """
         context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
         chunks = 2 * context if context > 1 else 1
-        return math.lcm(_ROW_UNIT, chunks, context * tensor if self.sequence_parallel else 1)
+        return math.lcm(_ROW_UNIT, chunks, context * (tensor if self.sequence_parallel else 1) * tokens)
 
     @property
     def num_virtual_stages(self) -> int:
@@ -303,6 +296,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
+    precision: PrecisionSection = PrecisionSection()
     parallel: ParallelSection = ParallelSection()
     generation: GenerationSection = GenerationSection()
     self_play: SelfPlaySection = SelfPlaySection()
@@ -321,6 +315,8 @@ class Config(Section):
             raise ValueError("virtual_pipeline_model_parallel_size needs training.layout = packed")
         if training.layout == "padded" and self.parallel.context_parallel_size > 1:
             raise ValueError("context_parallel_size above 1 needs training.layout = packed")
+        if self.precision.fp8_param_gather and not self.parallel.use_distributed_optimizer:
+            raise ValueError("precision.fp8_param_gather needs parallel.use_distributed_optimizer")
         if self.generation.max_new_tokens >= self.data.seq_length:
             raise ValueError(
                 f"generation.max_new_tokens ({self.generation.max_new_tokens}) must be smaller than "
@@ -329,9 +325,14 @@ class Config(Section):
         return self
 
     @property
+    def row_multiple(self) -> int:
+        """What the length of every row has to be a multiple of."""
+        return self.parallel.row_multiple(self.precision.tokens_multiple)
+
+    @property
     def row_capacity(self) -> int:
         """Most tokens of a packed row."""
-        training, multiple = self.training, self.parallel.row_multiple
+        training, multiple = self.training, self.row_multiple
         if training.row_capacity is not None:
             return training.row_capacity
         # Rounded up, as rows are cut down to their multiple and have to hold any triplet.

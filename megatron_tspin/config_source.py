@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_tspin.config import Config, Section
+from megatron_tspin.config import Config
+from megatron_tspin.config_section import Section
 from megatron_tspin.errors import InputError
 
 

@@ -65,8 +65,13 @@ class Topology:
 
 
 @contextmanager
-def distributed(layout: ParallelSection, seed: int = 0) -> Iterator[Topology]:
+def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Iterator[Topology]:
     """Joins the ranks that torchrun (or Slurm) started into megatron-core's groups, and leaves them at the end.
+
+    Args:
+        layout: TP, CP, PP and DP.
+        seed: Of libraries that draw; nothing of ours does.
+        tokens_multiple: `PrecisionSection.tokens_multiple`.
 
     Raises:
         InputError: The number of processes is not TP x CP x PP x DP.
@@ -81,12 +86,12 @@ def distributed(layout: ParallelSection, seed: int = 0) -> Iterator[Topology]:
         )
     dist.init_process_group(backend(), timeout=_TIMEOUT)
     try:
-        yield build_topology(layout, seed)
+        yield build_topology(layout, seed, tokens_multiple)
     finally:
         leave_groups()
 
 
-def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
+def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Topology:
     """Builds megatron-core's groups over an initialised torch.distributed.
 
     The order of ranks is Megatron's: TP fastest, then CP, then DP, then PP.
@@ -118,7 +123,7 @@ def build_topology(layout: ParallelSection, seed: int = 0) -> Topology:
         cp_group=parallel_state.get_context_parallel_group(),
         num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
-        row_multiple=layout.row_multiple,
+        row_multiple=layout.row_multiple(tokens_multiple),
         rows_multiple=layout.rows_multiple,
     )
 

@@ -46,7 +46,8 @@ def test_refusals_by_name(tmp_path: Path) -> None:
         "model": {"hf_checkpoint": "hf"},
         "data": {"annotated": "a"},
         "optimizer": {"lrr": 1e-6, "lr": "1e-6 "},
-        "training": {"micro_batch_size": 2.5, "bf16": "yes"},
+        "training": {"micro_batch_size": 2.5},
+        "precision": {"bf16": "yes"},
         "objective": {"method": "dpo"},
         "seq_length": 4,
     }
@@ -55,7 +56,7 @@ def test_refusals_by_name(tmp_path: Path) -> None:
     assert "unknown setting `seq_length`; did you mean `data.seq_length`?" in lines
     assert "`optimizer.lr` = '1e-6 ': input should be a valid number" in lines
     assert "`training.micro_batch_size` = 2.5: input should be a valid integer" in lines
-    assert "`training.bf16` = 'yes': input should be a valid boolean" in lines
+    assert "`precision.bf16` = 'yes': input should be a valid boolean" in lines
     assert "`objective.method` = 'dpo': input should be 'tspin', 'spin', 'tspin_ref' or 'sft'" in lines
     assert len(lines) == 6
 
@@ -173,7 +174,7 @@ def test_writing_out_loses_nothing(
                 "optimizer.lr": lr,
                 "optimizer.lr_by_iteration": rates,
                 "data.template": template,
-                "training.bf16": flag,
+                "precision.bf16": flag,
                 "training.train_iters": steps,
             },
         )
@@ -203,10 +204,10 @@ def test_flags_parse_to_the_types_of_the_settings() -> None:
     config = load_config(None, found)
     assert set(found) == {
         "run_dir", "model.hf_checkpoint", "data.annotated", "optimizer.lr", "optimizer.lr_by_iteration",
-        "training.bf16", "training.tensorboard", "training.train_iters", "objective.method",
+        "precision.bf16", "training.tensorboard", "training.train_iters", "objective.method",
         "parallel.tensor_model_parallel_size", "parallel.sequence_parallel",
     }  # fmt: skip
-    assert config.training.bf16 and not config.training.tensorboard and config.training.train_iters == 7
+    assert config.precision.bf16 and not config.training.tensorboard and config.training.train_iters == 7
     assert config.objective.method == "spin" and config.optimizer.lr_by_iteration == [2e-6, 1e-6]
 
 
@@ -257,7 +258,7 @@ def test_packed_batches_may_have_any_size() -> None:
     ],
 )
 def test_lengths_of_rows_suit_the_layout(parallel: dict[str, Any], multiple: int) -> None:
-    assert ParallelSection(**parallel).row_multiple == multiple
+    assert ParallelSection(**parallel).row_multiple() == multiple
 
 
 @given(
@@ -280,7 +281,7 @@ def test_rows_hold_any_triplet_by_default(seq_length: int, micro_batch_size: int
             "parallel.sequence_parallel": tensor > 1,
         },
     )
-    multiple = config.parallel.row_multiple
+    multiple = config.row_multiple
     most = config.row_capacity // multiple * multiple
     assert max(3, micro_batch_size) * seq_length <= most < max(3, micro_batch_size) * seq_length + multiple
 

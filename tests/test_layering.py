@@ -17,8 +17,18 @@ import megatron_tspin
 PACKAGE = "megatron_tspin"
 ROOT = Path(megatron_tspin.__file__).parent
 LAYERS = [
-    {"errors", "config", "config_source", "log", "records", "run_folder", "storage"},
-    {"platform", "parallel"},
+    {
+        "errors",
+        "config",
+        "config_precision",
+        "config_section",
+        "config_source",
+        "log",
+        "records",
+        "run_folder",
+        "storage",
+    },
+    {"platform", "parallel", "precision"},
     {"models", "data"},
     {"checkpoint", "objective"},
     {"training", "generation"},

@@ -68,7 +68,7 @@ def make_config(name: str, settings: StepSettings) -> Config:
         "objective.beta": BETA,
         "training.micro_batch_size": settings.micro_batch_size,
         "training.global_batch_size": whole,
-        "training.bf16": settings.bf16,
+        "precision.bf16": settings.bf16,
         "training.layout": "padded" if name == PADDED else "packed",
         "parallel.cpu_threads": settings.threads,
     }
@@ -86,8 +86,8 @@ def _make_trainer(config: Config, still_open: ExitStack) -> Any:
     from megatron_tspin.training.loop import build_trainer
 
     os.environ |= _ALONE
-    topology = still_open.enter_context(distributed(config.parallel))
+    topology = still_open.enter_context(distributed(config.parallel, tokens_multiple=config.precision.tokens_multiple))
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    model = make_model_provider(architecture, config.parallel, config.training)()
+    model = make_model_provider(architecture, config.parallel, config.training, config.precision)()
     load_hf(model, topology)
     return build_trainer(config, _ITERATION, topology, model, num_steps=1)

@@ -28,6 +28,11 @@ from megatron_tspin.parallel import Topology
 from megatron_tspin.storage import atomic_path
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+# Transformer Engine's linears have the norm before them inside.
+_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 @torch.no_grad()
@@ -83,12 +88,13 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Wei
 
 
 def _global_name(name: str, model: PolicyModel) -> str:
-    """A parameter's name with the layer counted through the whole network instead of this stage."""
+    """A parameter's name in the table: its layer counted through the whole network instead of this stage."""
     found = _LAYER.match(name)
     if not found:
         return name
     layer = model.decoder.layers[int(found[1])].layer_number - 1
-    return f"decoder.layers.{layer}.{name[found.end() :]}"
+    part = name[found.end() :]
+    return f"decoder.layers.{layer}.{_ENGINE_NAMES.get(part, part)}"
 
 
 def _stage_of(core_name: str, architecture: Architecture, pp_size: int) -> int:

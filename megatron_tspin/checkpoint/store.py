@@ -32,12 +32,14 @@ from megatron_tspin.checkpoint.manifest import (
 from megatron_tspin.checkpoint.optimizer_state import METADATA, LoadingPlan, describe_optimizer, sharded_state
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
+from megatron_tspin.precision import check_machine
 from megatron_tspin.storage import fsync_path
 
 __all__ = [
@@ -53,23 +55,33 @@ __all__ = [
 
 
 def build_policy(
-    architecture: Architecture, parallel: ParallelSection, training: TrainingSection, topology: Topology
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    precision: PrecisionSection,
+    topology: Topology,
 ) -> PolicyModel:
     """This rank's part of the policy on its device, its weights still undefined.
 
     Raises:
         InputError: The layout does not fit the architecture.
     """
-    (model,) = build_chunks(architecture, parallel, training, topology)
+    (model,) = build_chunks(architecture, parallel, training, precision, topology)
     return model
 
 
 def build_chunks(
-    architecture: Architecture, parallel: ParallelSection, training: TrainingSection, topology: Topology
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    precision: PrecisionSection,
+    topology: Topology,
 ) -> list[PolicyModel]:
     """As `build_policy`, a model for each virtual stage of this rank, in the order of its layers."""
     architecture.check_layout(parallel)
-    provide = make_model_provider(architecture, parallel, training)
+    architecture.check_precision(parallel, precision)
+    check_machine(precision)
+    provide = make_model_provider(architecture, parallel, training, precision)
     last = topology.num_virtual_stages - 1
     chunks = [
         provide(
@@ -88,11 +100,12 @@ def load_policy(
     architecture: Architecture,
     parallel: ParallelSection,
     training: TrainingSection,
+    precision: PrecisionSection,
     topology: Topology,
     folder: Path,
 ) -> PolicyModel:
     """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
-    (model,) = load_chunks(architecture, parallel, training, topology, folder)
+    (model,) = load_chunks(architecture, parallel, training, precision, topology, folder)
     return model
 
 
@@ -100,11 +113,12 @@ def load_chunks(
     architecture: Architecture,
     parallel: ParallelSection,
     training: TrainingSection,
+    precision: PrecisionSection,
     topology: Topology,
     folder: Path,
 ) -> list[PolicyModel]:
     """As `load_policy`, a model for each virtual stage of this rank."""
-    chunks = build_chunks(architecture, parallel, training, topology)
+    chunks = build_chunks(architecture, parallel, training, precision, topology)
     load_checkpoint(folder, chunks, topology)
     return chunks
 

@@ -84,7 +84,7 @@ def load_player(config: Config, layout: ParallelSection, topology: Topology, che
     architecture.check_layout(layout)
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
-    model = load_policy(architecture, layout, config.training, topology, checkpoint)
+    model = load_policy(architecture, layout, config.training, config.precision.without_fp8(), topology, checkpoint)
     model.eval()
     facts = {
         "checkpoint_sha256": sha256_file(checkpoint / "manifest.json"),

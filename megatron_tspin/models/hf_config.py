@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.config import ParallelSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import read_json
 
@@ -91,6 +92,38 @@ class Architecture:
             for name, size, what, count in divisors
             if count % size
         ]
+        if refused:
+            raise InputError("\n".join(refused))
+
+    def check_precision(self, parallel: ParallelSection, precision: PrecisionSection) -> None:
+        """Refuses FP8 on sizes that its kernels do not take.
+
+        Raises:
+            InputError: A linear layer's size on one TP rank is not a multiple of what FP8 needs, or all layers are to
+                stay out of FP8; all in one message.
+        """
+        if precision.fp8 is None:
+            return
+        tensor, unit = parallel.tensor_model_parallel_size, precision.features_multiple
+        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        sizes = {
+            "hidden_size": self.hidden_size,
+            "rows of queries, keys and values on a TP rank": heads // tensor,
+            "columns of the attention's output on a TP rank": self.num_heads * self.head_dim // tensor,
+            "columns of the MLP on a TP rank": self.ffn_hidden_size // tensor,
+        }
+        refused = [
+            f"precision.fp8 = {precision.fp8} needs sizes that are multiples of {unit}: {what} of {self.folder} is "
+            f"{size} at tensor_model_parallel_size = {tensor}; leave --fp8-format out"
+            f"{', or lower tensor_model_parallel_size' if tensor > 1 else ''}"
+            for what, size in sizes.items()
+            if size % unit
+        ]
+        if precision.num_bf16_layers >= self.num_layers:
+            refused.append(
+                f"num_layers_at_start_in_bf16 + num_layers_at_end_in_bf16 = {precision.num_bf16_layers} leave none of "
+                f"the {self.num_layers} layers of {self.folder} in FP8; lower them, or leave --fp8-format out"
+            )
         if refused:
             raise InputError("\n".join(refused))
 

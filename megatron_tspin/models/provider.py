@@ -1,26 +1,24 @@
 """From an architecture and a layout to the policy of this rank."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_tspin.config import ParallelSection, TrainingSection
-from megatron_tspin.models.attention import CausalAttention, RMSNorm
-from megatron_tspin.models.gated_activation import GatedSiLU
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.layer_specs import block_spec
 from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.platform import device
+from megatron_tspin.precision import TorchFp8, core_fields, torch_fp8
 
 ModelProvider = Callable[..., PolicyModel]
 
@@ -33,16 +31,18 @@ class PolicyConfig(TransformerConfig):
     """Keys that a query sees, itself included. megatron-core's `window_size` would make its softmax overwrite masks."""
     packed_attention: str = "segments"
     """Backend of `packed_attention.BACKENDS` for packed rows."""
+    torch_fp8: TorchFp8 | None = None
+    """Of our own FP8 linears."""
 
 
 def transformer_config(
     architecture: Architecture,
     parallel: ParallelSection,
     training: TrainingSection,
+    precision: PrecisionSection,
     attention_factor: float = 1.0,
 ) -> PolicyConfig:
-    """The architecture and the layout in megatron-core's terms."""
-    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    """The architecture, the layout and the number formats in megatron-core's terms."""
     return PolicyConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -61,9 +61,8 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=training.bf16,
+        torch_fp8=torch_fp8(precision),
+        **core_fields(precision),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -84,18 +83,20 @@ def transformer_config(
 
 
 def make_model_provider(
-    architecture: Architecture, parallel: ParallelSection, training: TrainingSection
+    architecture: Architecture, parallel: ParallelSection, training: TrainingSection, precision: PrecisionSection
 ) -> ModelProvider:
     """Returns Megatron's `model_provider(pre_process, post_process, vp_stage=None)` for this architecture."""
     rotary = RotaryFrequencies(architecture.folder, architecture.head_dim)
-    config = transformer_config(architecture, parallel, training, rotary.attention_factor)
+    config = transformer_config(architecture, parallel, training, precision, rotary.attention_factor)
 
     def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> PolicyModel:
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         policy = PolicyModel(
             architecture,
             rotary,
             config=config,
-            transformer_layer_spec=_block_spec(config, vp_stage),
+            transformer_layer_spec=block_spec(precision, first, layers, config.num_layers),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -113,18 +114,6 @@ def _mark_shards(policy: PolicyModel) -> None:
     """
     split_dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in policy.modules():
-        dimension = split_dimension.get(type(module))
+        dimension = next((split for kind, split in split_dimension.items() if isinstance(module, kind)), None)
         if dimension is not None and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
-
-
-def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """megatron-core's local layer with our attention and norm, as many times as this stage has layers."""
-    layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    parts: Any = layer.submodules
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = CausalAttention
-    parts.mlp.submodules.activation_func = GatedSiLU
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

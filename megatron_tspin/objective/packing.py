@@ -106,7 +106,7 @@ class Packing:
 
 def row_packing(config: Config) -> Packing | None:
     """The configured way to pack; None where rows are padded."""
-    training, multiple = config.training, config.parallel.row_multiple
+    training, multiple = config.training, config.row_multiple
     if training.layout == "padded":
         return None
     return Packing(

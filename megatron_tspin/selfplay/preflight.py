@@ -78,6 +78,7 @@ def _layout_problems(architecture: Architecture, config: Config) -> Iterator[str
         except InputError as error:
             place = " (generation's layout)" if layout != training else ""
             yield from (f"{line}{place}" for line in str(error).splitlines())
+    yield from _problems(lambda config: architecture.check_precision(training, config.precision), config)
 
 
 def _check_rows(config: Config) -> None:

@@ -16,6 +16,7 @@ from megatron_tspin.checkpoint.store import (
 )
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, TspinError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
@@ -28,7 +29,6 @@ from megatron_tspin.training.parity import Sentence, check_parity, read_sentence
 _log = get_logger(__name__)
 
 Value = TypeVar("Value")
-_FP32 = TrainingSection(bf16=False)
 
 
 def convert_run(config: Config) -> None:
@@ -107,7 +107,9 @@ def _convert(
     digest: str,
     parity: tuple[list[Sentence], float] = ([], 0.0),
 ) -> None:
-    model: PolicyModel = build_policy(read_architecture(source), parallel, _FP32, topology)
+    model: PolicyModel = build_policy(
+        read_architecture(source), parallel, TrainingSection(), PrecisionSection(), topology
+    )
     load_hf(model, topology)
     sentences, bound = parity
     if sentences:
@@ -118,7 +120,7 @@ def _convert(
 
 
 def _export(load: Path, source: Path, target: Path, parallel: ParallelSection, topology: Topology) -> None:
-    model = load_policy(read_architecture(source), parallel, _FP32, topology, load)
+    model = load_policy(read_architecture(source), parallel, TrainingSection(), PrecisionSection(), topology, load)
     export_hf(model, topology, source, target)
     if topology.speaks:
         _log.info("exported %s to %s", load, target)

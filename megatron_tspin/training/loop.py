@@ -196,7 +196,7 @@ def build_trainer(
     if config.parallel.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in chunks]
         core.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    optimizer = build_optimizer(chunks, config.optimizer, config.parallel, config.training)
+    optimizer = build_optimizer(chunks, config.optimizer, config.parallel, config.precision)
     core.finalize_model_grads_func = finalize_model_grads
     core.grad_scale_func = optimizer.scale_loss
     return Trainer(config, iteration, topology, chunks, optimizer, num_steps)

@@ -7,7 +7,8 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_tspin.config import OptimizerSection, ParallelSection, TrainingSection
+from megatron_tspin.config import OptimizerSection, ParallelSection
+from megatron_tspin.config_precision import PrecisionSection
 
 
 class RMSProp(torch.optim.AdamW):
@@ -50,7 +51,7 @@ class RMSProp(torch.optim.AdamW):
 
 
 def build_optimizer(
-    chunks: list[Any], settings: OptimizerSection, parallel: ParallelSection, training: TrainingSection
+    chunks: list[Any], settings: OptimizerSection, parallel: ParallelSection, precision: PrecisionSection
 ) -> Any:
     """megatron-core's optimizer over a DDP-wrapped policy.
 
@@ -58,7 +59,7 @@ def build_optimizer(
         chunks: megatron-core's DistributedDataParallel, one a virtual stage.
         settings: Optimizer, decay and clipping; the learning rate is set before every step.
         parallel: Whether the state is sharded over DP.
-        training: bf16 or fp32.
+        precision: bf16 or fp32; FP8 parameters.
     """
     is_rmsprop = settings.optimizer == "rmsprop"
     config = OptimizerConfig(
@@ -69,8 +70,8 @@ def build_optimizer(
         adam_beta2=settings.rmsprop_smoothing if is_rmsprop else settings.adam_beta2,
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
-        bf16=training.bf16,
-        params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        bf16=precision.bf16,
+        params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, chunks)

@@ -24,6 +24,7 @@ from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
+from megatron_tspin.precision import describe
 from megatron_tspin.records import ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, write_text
@@ -49,13 +50,14 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
     checkpoints = save or folder.checkpoints(iteration)
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     architecture.check_layout(config.parallel)
-    with distributed(config.parallel, config.seed) as topology:
+    with distributed(config.parallel, config.seed, config.precision.tokens_multiple) as topology:
         roles = computed_roles(config.objective.method, iteration_beta(config, iteration))
         source = TripletSource(config, iteration, roles)
         resumed = latest_checkpoint(checkpoints)
         start = load or policy_checkpoint(folder, iteration)
-        model = load_chunks(architecture, config.parallel, config.training, topology, start)
+        model = load_chunks(architecture, config.parallel, config.training, config.precision, topology, start)
         _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
+        _log.info("precision: %s", describe(config.precision))
         _log_rows(config)
         if has_reference(config.objective.method):
             facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": source.digests()}
@@ -141,8 +143,8 @@ def score_file(config: Config, load: Path, data: Path, output: Path) -> None:
     architecture.check_layout(config.parallel)
     ids, pairs = read_scoring_input(config, data, architecture.vocab_size)
     layout = config.parallel.whole_stages()
-    with distributed(layout, config.seed) as topology:
-        model = load_policy(architecture, layout, config.training, topology, load)
+    with distributed(layout, config.seed, config.precision.tokens_multiple) as topology:
+        model = load_policy(architecture, layout, config.training, config.precision, topology, load)
         scores = score_pairs(model, topology, pairs, description="score")
         if topology.speaks:
             write_text(output, "".join(record.line() for record in _scored(ids, pairs, scores)))

@@ -9,6 +9,7 @@ import pytest
 from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import InputError, ParityError
 
 KINDS = ["tied", "untied", "llama3_rope", "mistral_window"]
@@ -28,7 +29,7 @@ def loaded(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = Fals
     from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
-    model = build_policy(read_architecture(hf), parallel, TrainingSection(bf16=bf16), topology)
+    model = build_policy(read_architecture(hf), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     load_hf(model, topology)

@@ -13,6 +13,7 @@ from rank_pool import in_layout
 
 from megatron_tspin.checkpoint.manifest import describe_files, latest_checkpoint, verify_checkpoint, write_manifest
 from megatron_tspin.config import OptimizerSection, ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
 
 
@@ -29,7 +30,7 @@ def build(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = False
     from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
-    return build_policy(read_architecture(hf), parallel, TrainingSection(bf16=bf16), topology)
+    return build_policy(read_architecture(hf), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)
 
 
 def wrap(model: Any, parallel: ParallelSection, bf16: bool) -> tuple[Any, Any]:
@@ -46,7 +47,7 @@ def wrap(model: Any, parallel: ParallelSection, bf16: bool) -> tuple[Any, Any]:
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
     kind = "rmsprop" if model.architecture.tied_embeddings else "adam"  # Adam needs the step: bias correction
     settings = OptimizerSection(optimizer=kind, lr=1e-2)
-    return wrapped, build_optimizer([wrapped], settings, parallel, TrainingSection(bf16=bf16))
+    return wrapped, build_optimizer([wrapped], settings, parallel, PrecisionSection(bf16=bf16))
 
 
 def step(wrapped: Any, optimizer: Any, number: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection
+from megatron_tspin.config_precision import PrecisionSection
 
 EOS = 1
 NEW_TOKENS = 24
@@ -25,7 +26,7 @@ def load(folder: Path, layout: ParallelSection, topology: Any) -> Any:
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
 
-    provider = make_model_provider(read_architecture(folder), layout, TrainingSection())
+    provider = make_model_provider(read_architecture(folder), layout, TrainingSection(), PrecisionSection())
     model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
     load_hf(model, topology)
     return model.eval()

@@ -9,6 +9,7 @@ import torch
 from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 
 
 def pairs_of(count: int, longest: int = 70) -> list[tuple[list[int], list[int]]]:
@@ -25,7 +26,9 @@ def score(folder: Path, layout: ParallelSection, pairs: Any, row_tokens: int, bf
     from megatron_tspin.objective.scoring import score_pairs
 
     with in_layout(layout) as topology:
-        provider = make_model_provider(read_architecture(folder), layout, TrainingSection(bf16=bf16))
+        provider = make_model_provider(
+            read_architecture(folder), layout, TrainingSection(), PrecisionSection(bf16=bf16)
+        )
         model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
         load_hf(model, topology)
         return score_pairs(model, topology, pairs, row_tokens)

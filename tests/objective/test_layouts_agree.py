@@ -8,6 +8,7 @@ from packed_rows import triplet_lists
 from rank_pool import in_layout
 
 from megatron_tspin.config import ObjectiveSection, ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 
 OBJECTIVE = ObjectiveSection(alpha=0.1, nll_weight=1.0)
 """The likelihood of y keeps gradients from vanishing where y = y' = y0, so that they can be compared."""
@@ -45,7 +46,7 @@ def compare_layouts(folder: Path) -> int:
 
     architecture, together = read_architecture(folder), 0
     with in_layout(ParallelSection()) as topology:
-        model = make_model_provider(architecture, ParallelSection(), TrainingSection())()
+        model = make_model_provider(architecture, ParallelSection(), TrainingSection(), PrecisionSection())()
         load_hf(model, topology)
         work = work_model(architecture)
 

@@ -8,6 +8,7 @@ import pytest
 from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.objective.rows import Pair, Rows
 
 
@@ -28,7 +29,7 @@ def score(folder: Path, layout: ParallelSection, pairs: list[Pair], row_tokens: 
 
     pack_row = scoring.pack_row
     with in_layout(layout) as topology, patch.object(scoring, "pack_row", remember):
-        provider = make_model_provider(read_architecture(folder), layout, TrainingSection())
+        provider = make_model_provider(read_architecture(folder), layout, TrainingSection(), PrecisionSection())
         model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
         load_hf(model, topology)
         scores = scoring.score_pairs(model, topology, pairs, row_tokens)

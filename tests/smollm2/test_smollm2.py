@@ -10,6 +10,7 @@ import pytest
 from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 LAYOUTS = {
@@ -39,7 +40,7 @@ def parity(folder: Path, layout: ParallelSection) -> float:
     from megatron_tspin.training.parity import check_parity, read_sentences
 
     with in_layout(layout) as topology:
-        model: Any = build_policy(read_architecture(folder), layout, TrainingSection(), topology)
+        model: Any = build_policy(read_architecture(folder), layout, TrainingSection(), PrecisionSection(), topology)
         load_hf(model, topology)
         return check_parity(model, topology, folder, read_sentences(folder, None), bound=5e-6)
 

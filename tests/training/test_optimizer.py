@@ -102,7 +102,7 @@ def train_in_bf16(config: Any) -> Any:
 
 @pytest.mark.parametrize("layout", [{}, TP2, SHARDED], ids=["tp1", "tp2", "dp2 sharded"])
 def test_bf16(layout: dict[str, Any], ranks: Any, tiny_checkpoint: Any) -> None:
-    config = make_config(tiny_checkpoint("tied"), **{"training.bf16": True, "optimizer.lr": 3e-4, **layout})
+    config = make_config(tiny_checkpoint("tied"), **{"precision.bf16": True, "optimizer.lr": 3e-4, **layout})
     for found in ranks(config.parallel.world_size).run(train_in_bf16, config):
         losses = found.pop("losses")
         assert all(found.values()), found

@@ -8,6 +8,7 @@ from rank_pool import in_layout
 from trajectory import NUM_STEPS, _steps, make_config, train_plainly, weights
 
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 
 INTERLEAVED = {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2}
 
@@ -19,7 +20,7 @@ def to_checkpoint(hf: Path, folder: Path) -> None:
     from megatron_tspin.models.hf_config import read_architecture
 
     with in_layout(ParallelSection()) as topology:
-        model = build_policy(read_architecture(hf), ParallelSection(), TrainingSection(), topology)
+        model = build_policy(read_architecture(hf), ParallelSection(), TrainingSection(), PrecisionSection(), topology)
         load_hf(model, topology)
         save_checkpoint(folder, model, topology)
 
@@ -31,7 +32,9 @@ def to_hf(folder: Path, hf: Path, target: Path) -> None:
     from megatron_tspin.models.hf_config import read_architecture
 
     with in_layout(ParallelSection()) as topology:
-        model = load_policy(read_architecture(hf), ParallelSection(), TrainingSection(), topology, folder)
+        model = load_policy(
+            read_architecture(hf), ParallelSection(), TrainingSection(), PrecisionSection(), topology, folder
+        )
         export_hf(model, topology, hf, target)
 
 
@@ -46,7 +49,7 @@ def train_interleaved(config: Config, start: Path, end: Path, stop_after: int | 
     with in_layout(config.parallel) as topology:
 
         def trainer_from(folder: Path) -> Any:
-            chunks = load_chunks(architecture, config.parallel, config.training, topology, folder)
+            chunks = load_chunks(architecture, config.parallel, config.training, config.precision, topology, folder)
             assert len(chunks) == 2
             return build_trainer(config, 1, topology, chunks, NUM_STEPS)
 

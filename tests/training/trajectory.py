@@ -116,7 +116,7 @@ def _trainer(config: Config, topology: Any) -> Any:
     from megatron_tspin.training.loop import build_trainer
 
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    provider = make_model_provider(architecture, config.parallel, config.training)
+    provider = make_model_provider(architecture, config.parallel, config.training, config.precision)
     model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
     load_hf(model, topology)
     return build_trainer(config, 1, topology, model, NUM_STEPS)
