@@ -29,7 +29,13 @@ from megatron_tspin.checkpoint.manifest import (
     verify_checkpoint,
     write_manifest,
 )
-from megatron_tspin.checkpoint.optimizer_state import METADATA, LoadingPlan, describe_optimizer, sharded_state
+from megatron_tspin.checkpoint.optimizer_state import (
+    METADATA,
+    LoadingPlan,
+    describe_optimizer,
+    master_weights,
+    sharded_state,
+)
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
@@ -48,6 +54,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_chunks",
+    "load_masters",
     "load_policy",
     "save_checkpoint",
     "verify_checkpoint",
@@ -130,6 +137,7 @@ def save_checkpoint(
     topology: Topology,
     optimizer: Any = None,
     state: Mapping[str, Any] | None = None,
+    masters: Any = None,
 ) -> None:
     """Saves the policy, all ranks together. The folder appears whole; one of that name is replaced.
 
@@ -139,6 +147,7 @@ def save_checkpoint(
         topology: This rank's place.
         optimizer: megatron-core's optimizer of the model, to continue from; None leaves it out.
         state: Small and JSON-able; `load_checkpoint` gives it back.
+        masters: An optimizer whose fp32 master weights, if it has some, are saved in place of the parameters.
 
     Raises:
         StageError: A rank could not write, e.g. to a full disk; what was there before is untouched.
@@ -146,6 +155,9 @@ def save_checkpoint(
     policies = _bare(model)
     tensors = _model_state(policies)
     facts = _facts(policies[0], topology)
+    if masters is not None:
+        tensors |= master_weights(masters, tensors)
+        facts["dtype"] = "float32"
     if optimizer is not None:
         facts["optimizer"] = describe_optimizer(optimizer)
         tensors = tensors | sharded_state(optimizer, tensors)
@@ -224,21 +236,39 @@ def load_checkpoint(
     plan = None
     wanted = dict(tensors)
     if optimizer is not None:
-        plan = LoadingPlan(folder, optimizer, tensors, manifest["facts"]["optimizer"])
+        plan = LoadingPlan.to_continue(folder, optimizer, tensors, manifest["facts"]["optimizer"])
         wanted |= plan.wanted
-    check_pickles(folder)
-    try:
-        with restricted_metadata():
-            loaded = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
-        # torch's CheckpointException is no Exception: it would pass every other handler.
-        raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
+    loaded = _load(folder, wanted)
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])
     if plan is not None:
         plan.finish(loaded, parameters)
     state: dict[str, Any] = manifest["state"]
     return state
+
+
+@torch.no_grad()
+def load_masters(folder: Path, model: torch.nn.Module | Sequence[torch.nn.Module], optimizer: Any) -> None:
+    """Gives a fresh optimizer the weights of a checkpoint, which may be finer than the loaded parameters, as masters.
+
+    Args:
+        folder: The checkpoint that the model was loaded from.
+        model: As for `save_checkpoint`.
+        optimizer: megatron-core's, for bf16 parameters.
+    """
+    plan = LoadingPlan(optimizer, _model_state(_bare(model)), step=0, from_weights=True)
+    plan.finish(_load(folder, plan.wanted), parameters={})
+
+
+def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    check_pickles(folder)
+    try:
+        with restricted_metadata():
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
+        # torch's CheckpointException is no Exception: it would pass every other handler.
+        raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
+    return loaded
 
 
 def _verify(folder: Path, topology: Topology) -> dict[str, Any]:

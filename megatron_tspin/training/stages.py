@@ -10,6 +10,7 @@ from megatron_tspin.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
     load_chunks,
+    load_masters,
     load_policy,
     save_checkpoint,
 )
@@ -65,6 +66,8 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         if resumed is not None:
             trainer.done = _resume(trainer, resumed)
+        elif config.precision.bf16:
+            load_masters(start, trainer.chunks, trainer.optimizer)
         _train(trainer, source, checkpoints, folder)
 
 
@@ -112,6 +115,7 @@ def _train(trainer: Trainer, source: TripletSource, checkpoints: Path, folder: R
 def save_step(trainer: Trainer, checkpoints: Path) -> None:
     """Saves the policy; inside the iteration the optimizer too, which starts afresh in the next iteration.
 
+    The iteration's last checkpoint has the fp32 master weights as its weights, for the next one to start from.
     Older checkpoints of the iteration go once the iteration's last one is whole.
     """
     finished = trainer.done == trainer.num_steps
@@ -120,6 +124,7 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         trainer.whole_policy(),
         trainer.topology,
         optimizer=None if finished else trainer.optimizer,
+        masters=trainer.optimizer if finished and trainer.config.precision.bf16 else None,
         state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
     )
     if finished and trainer.topology.speaks:
