@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tspin.checkpoint.fp8_state import delayed_scaling_state, history_length, restore
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
 from megatron_tspin.checkpoint.manifest import (
     check_files,
@@ -154,13 +155,14 @@ def save_checkpoint(
     """
     policies = _bare(model)
     tensors = _model_state(policies)
-    facts = _facts(policies[0], topology)
+    facts = _facts(policies, topology)
     if masters is not None:
         tensors |= master_weights(masters, tensors)
         facts["dtype"] = "float32"
     if optimizer is not None:
         facts["optimizer"] = describe_optimizer(optimizer)
         tensors = tensors | sharded_state(optimizer, tensors)
+    tensors |= delayed_scaling_state(policies, topology)
     temporary = folder.with_name(folder.name + ".partial")
     if topology.rank == 0:
         _make_empty(temporary)
@@ -238,7 +240,12 @@ def load_checkpoint(
     if optimizer is not None:
         plan = LoadingPlan.to_continue(folder, optimizer, tensors, manifest["facts"]["optimizer"])
         wanted |= plan.wanted
+    scaling = {}
+    if history_length(policies) is not None and manifest["facts"].get("delayed_scaling") == history_length(policies):
+        scaling = delayed_scaling_state(policies, topology)
+        wanted |= scaling
     loaded = _load(folder, wanted)
+    restore(scaling, loaded)
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])
     if plan is not None:
@@ -306,7 +313,8 @@ def _model_state(policies: Sequence[PolicyModel]) -> dict[str, Any]:
     return {leaf.key: leaf for tree in trees for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
 
 
-def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
+def _facts(policies: Sequence[PolicyModel], topology: Topology) -> dict[str, Any]:
+    policy = policies[0]
     return {
         "layout": {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size, "cp": topology.cp_size},
         "megatron_core": version("megatron-core"),
@@ -314,6 +322,7 @@ def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "architecture": _summary(policy.architecture),
         "optimizer": None,
+        "delayed_scaling": history_length(policies),
     }
 
 
