@@ -46,7 +46,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
-from megatron_tspin.precision import check_machine
+from megatron_tspin.precision import check_engine, check_machine
 from megatron_tspin.storage import fsync_path
 
 __all__ = [
@@ -89,6 +89,8 @@ def build_chunks(
     architecture.check_layout(parallel)
     architecture.check_precision(parallel, precision)
     check_machine(precision)
+    if training.packed_attention == "thd":
+        check_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
     provide = make_model_provider(architecture, parallel, training, precision)
     last = topology.num_virtual_stages - 1
     chunks = [
