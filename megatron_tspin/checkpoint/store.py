@@ -41,6 +41,7 @@ from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_meta
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
+from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
@@ -250,6 +251,8 @@ def load_checkpoint(
     restore(scaling, loaded)
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])
+    for policy in policies:
+        weights_changed(policy)
     if plan is not None:
         plan.finish(loaded, parameters)
     state: dict[str, Any] = manifest["state"]
