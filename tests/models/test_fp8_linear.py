@@ -154,7 +154,7 @@ def products_of(kind: str, settings: TorchFp8, given: Any, dtype: torch.dtype, t
     with recorded_products() as products, recorded_traffic() as gathered, kept_for_backward() as kept:
         output, bias = layer(states)
         output.backward(gradient)
-    tokens = states.shape[0] * BATCH
+    tokens = SEQUENCE * BATCH // tp
     assert [tensor.numel() for tensor in kept if tensor.dtype == settings.forward] == [states.numel()]
     assert all(tensor.dtype.itemsize == 1 or tensor.shape == (tokens, 1) for tensor in gathered), "only scales are fp32"
     assert any(tensor.dtype.itemsize == 1 for tensor in gathered) == sp
