@@ -111,14 +111,16 @@ def make_model_provider(
 
 
 def _mark_shards(policy: PolicyModel) -> None:
-    """Tells which parameters TP splits; megatron-core does it only while it initialises them.
+    """Tells which parameters TP splits; megatron-core 0.16 does it only while it initialises them, 0.19 always.
 
     Without the mark they count as replicas, and the gradient norm leaves out all TP ranks but the first.
     """
     split_dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in policy.modules():
         dimension = next((split for kind, split in split_dimension.items() if isinstance(module, kind)), None)
-        if dimension is not None and module.weight is not None:
+        if dimension is None or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):  # to mark twice is refused
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
