@@ -59,7 +59,7 @@ def _with_our_attention(spec: ModuleSpec) -> tuple[ModuleSpec, Any, Any]:
     """A copy with our attention and activation; also its parts, and those of its MLP."""
     layer = copy.deepcopy(spec)
     parts: Any = layer.submodules
-    # A spec as well until megatron-core 0.17 made it a partial.
+    # A spec as well in megatron-core 0.16, a partial in 0.19.
     mlp: Any = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
     parts.self_attention.submodules.core_attention = CausalAttention
     mlp.activation_func = GatedSiLU
