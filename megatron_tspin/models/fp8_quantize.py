@@ -87,15 +87,25 @@ def matmul_transposed(left: Quantized, right: Quantized, dtype: torch.dtype, fas
     Returns:
         [m, n].
     """
-    scale_per_row = right.inverse_scale.numel() > 1
-    # With CUDA before 12.9 the kernel for a scale a row returns no fp32.
-    kernel_dtype = torch.bfloat16 if scale_per_row and left.values.is_cuda else dtype
-    product = torch._scaled_mm(
+    row_scale, column_scale = left.inverse_scale, right.inverse_scale.reshape(1, -1)
+    if column_scale.numel() == 1:
+        return _kernel(left, right, row_scale, column_scale, dtype, fast)
+    if left.values.is_cuda:
+        # With CUDA before 12.9 this kernel returns no fp32.
+        return _kernel(left, right, row_scale, column_scale, torch.bfloat16, fast).to(dtype)
+    # The CPU's kernel of torch 2.11 knows no scale a row; on the sum it is the same.
+    one = torch.ones_like(row_scale[:1])
+    return (_kernel(left, right, one, one, torch.float32, fast) * row_scale * column_scale).to(dtype)
+
+
+def _kernel(
+    left: Quantized, right: Quantized, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
+    return torch._scaled_mm(
         left.values,
         right.values.t(),
-        scale_a=left.inverse_scale,
-        scale_b=right.inverse_scale.reshape(1, -1),
-        out_dtype=kernel_dtype,
+        scale_a=row_scale,
+        scale_b=column_scale,
+        out_dtype=dtype,
         use_fast_accum=fast,
     )
-    return product.to(dtype)
