@@ -1,6 +1,6 @@
 """Attention over a packed row, by backend. All give the same numbers up to rounding.
 
-segments  torch's CPU flash kernel, without a mask: large groups block by block, small ones side by side (`segment_plan`)
+segments  torch's CPU flash kernel without a mask, large groups block by block, small ones side by side
 flex      torch's FlexAttention with a block mask that the layers share (CUDA)
 dense     one SDPA with a mask of [queries, keys]: readable, the reference for the others
 """

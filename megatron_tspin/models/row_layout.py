@@ -142,9 +142,7 @@ class RowLayout(PackedSeqParams):
         return causal + whole
 
     def _causal_runs(self) -> Iterator[tuple[int, int, int, int]]:
-        """Per prompt with its first response that has tokens, and per further one: group number, start, end, start
-        of the prompt.
-        """
+        """Group number, start, end, start of the prompt: of a prompt with its first response, and of each further one."""
         start = 0
         for number, group in enumerate(self.groups):
             first, *others = [size for size in group.responses if size] or [0]

@@ -1,8 +1,8 @@
 """Attention over a packed row by torch's CPU flash kernel, as `segment_plan` lays the row's groups out.
 
-Given the log-sum-exp and the output of all that a query sees, the gradient of one part of it is that of the kernel on the
-part alone, so nothing is kept but outputs and log-sum-exps, and parts need no mask. In kernel calls key-value heads are
-part of the batch and the query heads of each are the heads, so keys are never repeated.
+Given the log-sum-exp and the output of all that a query sees, the gradient of one part of it is that of the kernel on
+the part alone, so nothing is kept but outputs and log-sum-exps, and parts need no mask. In kernel calls key-value heads
+are part of the batch and the query heads of each are the heads, so keys are never repeated.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """How the CPU backend `segments` attends over a packed row: which groups block by block, which side by side.
 
-Block by block a group takes some calls of the kernel and computes nothing twice. Side by side each response with a copy of
-its prompt is an ordinary causal sequence, and sequences of about the same length, of any groups, take one call together.
-Small groups are dear by the call, large ones by the pairs that are computed; every group goes the cheaper way.
+Block by block a group takes some calls of the kernel and computes nothing twice. Side by side each response with a copy
+of its prompt is an ordinary causal sequence, and sequences of about the same length, of any groups, take one call
+together. Small groups are dear by the call, large ones by the pairs that are computed; every group goes the cheaper way.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,15 @@ from torch import Tensor
 
 from megatron_tspin.models.row_layout import AttentionBlock, Group, RowLayout
 
-# Prices in computed pairs of query and key, of one head of size 1. Measured with torch 2.13 on one thread of an AMD EPYC
-# with AVX-512, forward and backward, fp32: a pair 0.4 to 0.55 ns a head and dimension (squares of 128 to 1024), a
-# call with its slices and sums 90 us, a token copied in and out (keys, values, output, gradients) 2 ns a dimension.
+# Prices in computed pairs of query and key, of one head of size 1. Measured with torch 2.13 on one thread of an AMD
+# EPYC with AVX-512, forward and backward, fp32: a pair 0.35 to 0.55 ns a head and dimension (squares of 32 to 1024), a
+# call with its slices and sums some 80 us (4 to 24 groups of 32 tokens, both ways). A call counts half here: the
+# attention of the quickstart's rows was fastest so. The price of a token copied in and out is from single copies,
+# 0.15 ns a number.
 _CALL = 100_000.0
 _TOKEN = 4.0
+# The kernel takes a third longer over 127 tokens than over 128, and no longer over 120.
+_LENGTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class CausalSequence:
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Causal sequences side by side, each filled up at its end to the longest by copies of its last token.
+    """Causal sequences side by side, filled up at their ends to one length by copies of their last tokens.
 
     Attributes:
         sequences: Longest first.
@@ -55,8 +59,8 @@ class SequenceBatch:
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, L."""
-        return len(self.sequences[0])
+        """Places of each sequence, L."""
+        return -(-len(self.sequences[0]) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
     @cached_property
     def places(self) -> Tensor:
@@ -87,7 +91,8 @@ class SegmentPlan:
         blocks: Of the groups that go block by block.
         batches: Of those that go side by side.
         outside: [start, end) of the row's tokens that are in no batch, padding included.
-        source: int64 [tokens x key groups]: the place, counted through all batches, whose output is the token's; 0 outside.
+        source: int64 [tokens x key groups]: the place, counted through all batches, whose output is the token's; 0
+            outside.
     """
 
     blocks: list[AttentionBlock]
