@@ -142,7 +142,7 @@ class RowLayout(PackedSeqParams):
         return causal + whole
 
     def _causal_runs(self) -> Iterator[tuple[int, int, int, int]]:
-        """Group number, start, end, start of the prompt: of a prompt with its first response, and of each further one."""
+        """Group number, start, end, start of the prompt: of a prompt with its first response, of each other one."""
         start = 0
         for number, group in enumerate(self.groups):
             first, *others = [size for size in group.responses if size] or [0]

@@ -2,7 +2,7 @@
 
 Block by block a group takes some calls of the kernel and computes nothing twice. Side by side each response with a copy
 of its prompt is an ordinary causal sequence, and sequences of about the same length, of any groups, take one call
-together. Small groups are dear by the call, large ones by the pairs that are computed; every group goes the cheaper way.
+together. Small groups are dear by the call, large ones by the pairs that are computed; each group goes the cheaper way.
 """
 
 from collections.abc import Iterable, Sequence
