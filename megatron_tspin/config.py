@@ -17,6 +17,7 @@ PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 CHAT_TEMPLATE = "chat"
 _ROW_UNIT = 8
 _MOST_ROLES = 3
+_LEAST_ROW = 2048
 
 Method = Literal["tspin", "spin", "tspin_ref", "sft"]
 
@@ -144,7 +145,7 @@ class TrainingSection(Section):
         None,
         "--tspin-row-capacity",
         "Most tokens of a packed row, and so of a forward pass. Default: --seq-length times --micro-batch-size, and at "
-        "least times 3, which holds any triplet.",
+        "least times 3, which holds any triplet; where that is short, up to 2048 or what a padded micro-batch has.",
         ge=8,
     )
     over_capacity: Literal["refuse", "truncate"] = setting(
@@ -286,6 +287,16 @@ class EvaluationSection(Section):
     sampled: bool = setting(True, "--tspin-evaluate-sampled", "Score answers sampled with the generation settings.")
 
 
+def default_row_capacity(micro_batch_size: int, seq_length: int) -> int:
+    """Tokens of a packed row that holds any triplet, before rounding to the layout's multiple.
+
+    Each row pays for its Python and kernel launches. On the quickstart's model those are as much as 100 of its tokens,
+    so a row of short sequences has up to `_LEAST_ROW` tokens, but no more than a padded micro-batch takes memory for.
+    """
+    padded = _MOST_ROLES * micro_batch_size * seq_length
+    return max(max(micro_batch_size, _MOST_ROLES) * seq_length, min(padded, _LEAST_ROW))
+
+
 class Config(Section):
     """A whole run."""
 
@@ -336,7 +347,7 @@ class Config(Section):
         if training.row_capacity is not None:
             return training.row_capacity
         # Rounded up, as rows are cut down to their multiple and have to hold any triplet.
-        return -(-max(training.micro_batch_size, _MOST_ROLES) * self.data.seq_length // multiple) * multiple
+        return -(-default_row_capacity(training.micro_batch_size, self.data.seq_length) // multiple) * multiple
 
     def generation_layout(self) -> ParallelSection:
         """The layout of the stages that only run the policy forward: training's, with generation's overrides."""

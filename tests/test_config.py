@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from megatron_tspin.config import Config, OptimizerSection, ParallelSection
+from megatron_tspin.config import Config, OptimizerSection, ParallelSection, default_row_capacity
 from megatron_tspin.config_source import add_flags, dump_config, load_config, overrides, settings
 from megatron_tspin.errors import InputError
 
@@ -283,7 +283,21 @@ def test_rows_hold_any_triplet_by_default(seq_length: int, micro_batch_size: int
     )
     multiple = config.row_multiple
     most = config.row_capacity // multiple * multiple
-    assert max(3, micro_batch_size) * seq_length <= most < max(3, micro_batch_size) * seq_length + multiple
+    least = max(3, micro_batch_size) * seq_length
+    assert least <= most
+    if least >= 2048:
+        assert most < least + multiple
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "seq_length", "expected"),
+    [(4, 128, 1536), (8, 128, 2048), (1, 128, 384), (2, 1024, 3072), (20, 128, 2560)],
+)
+def test_rows_of_short_sequences_are_no_shorter_than_pays(
+    micro_batch_size: int, seq_length: int, expected: int
+) -> None:
+    """As many tokens as a padded micro-batch has, up to 2048; or those of a triplet and of the micro-batch size."""
+    assert default_row_capacity(micro_batch_size, seq_length) == expected
 
 
 def test_configs_are_immutable() -> None:

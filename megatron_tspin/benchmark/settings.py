@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tspin.config import default_row_capacity
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture
-from megatron_tspin.objective.roles import ROLES
 
 TRANSFORMERS = "transformers"
 TRANSFORMERS_MB1 = "transformers_mb1"
@@ -134,7 +134,7 @@ def settle(
         max_length=longest,
         triplets=wishes.triplets or (_QUICK_TRIPLETS if quick else _TRIPLETS),
         micro_batch_size=micro_batch_size,
-        row_capacity=wishes.row_capacity or max(micro_batch_size, len(ROLES)) * longest,
+        row_capacity=wishes.row_capacity or default_row_capacity(micro_batch_size, longest),
         rounds=wishes.rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
         threads=threads,
         bf16=bf16,

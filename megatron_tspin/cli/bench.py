@@ -75,7 +75,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--row-capacity",
         type=_count,
         metavar="N",
-        help="tokens of a packed row [--max-length times --micro-batch-size, or times 3 if that is more]",
+        help="tokens of a packed row [as --tspin-row-capacity has it]",
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 instead of fp32")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and token ids [0]")

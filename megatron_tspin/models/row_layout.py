@@ -7,7 +7,7 @@ Under context parallelism (CP) a row is cut into 2 x CP equal chunks and rank r 
 that early tokens, which see few others, and late ones are shared out evenly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -113,26 +113,43 @@ class RowLayout(PackedSeqParams):
 
     @cached_property
     def blocks(self) -> list[AttentionBlock]:
-        """What this rank's queries see, as rectangles without masked entries and causal squares.
+        """`blocks_of` all groups."""
+        return self.blocks_of(range(len(self.groups)))
+
+    def blocks_of(self, numbers: Iterable[int]) -> list[AttentionBlock]:
+        """What this rank's queries of some groups see, as rectangles without masked entries and causal squares.
 
         Each query of a group is in exactly one causal block; those come first.
         """
         causal: list[AttentionBlock] = []
         whole: list[AttentionBlock] = []
-        for number, segment, start, end, prompt_start in self.segments():
+        wanted = set(numbers)
+        for number, start, end, prompt_start in self._causal_runs():
+            if number not in wanted:
+                continue
             offset = 0
             for chunk_start, chunk_end in self.chunks:
                 first, last = max(start, chunk_start), min(end, chunk_end)
                 if first < last:
                     query = (first - chunk_start + offset, last - chunk_start + offset)
                     causal.append(AttentionBlock(*query, first, last, causal=True))
-                    if segment != _PROMPT:
+                    if start != prompt_start:
                         prompt_end = prompt_start + self.groups[number].prompt
                         _append(whole, AttentionBlock(*query, prompt_start, prompt_end, causal=False))
                     if first > start:
                         _append(whole, AttentionBlock(*query, start, first, causal=False))
                 offset += chunk_end - chunk_start
         return causal + whole
+
+    def _causal_runs(self) -> Iterator[tuple[int, int, int, int]]:
+        """Group number, start, end, start of the prompt: of a prompt with its first response, of each other one."""
+        start = 0
+        for number, group in enumerate(self.groups):
+            first, *others = [size for size in group.responses if size] or [0]
+            prompt_start = start
+            for size in (group.prompt + first, *others):
+                yield number, start, start + size, prompt_start
+                start += size
 
     def cached(self, key: Any, make: Any) -> Any:
         """`make()`, computed once for this row: masks are shared by the layers."""

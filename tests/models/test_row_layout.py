@@ -90,11 +90,10 @@ def test_a_row_by_hand() -> None:
         (0, 0, 0, 2, 0), (0, 1, 2, 3, 0), (0, 2, 3, 5, 0), (0, 3, 5, 5, 0), (1, 0, 5, 6, 5), (1, 1, 6, 6, 5),
     ]  # fmt: skip
     assert layout.blocks == [
-        AttentionBlock(0, 2, 0, 2, True),
-        AttentionBlock(2, 3, 2, 3, True),
+        AttentionBlock(0, 3, 0, 3, True),  # the prompt with its first response
         AttentionBlock(3, 5, 3, 5, True),
         AttentionBlock(5, 6, 5, 6, True),
-        AttentionBlock(2, 5, 0, 2, False),  # both responses to their prompt at once
+        AttentionBlock(3, 5, 0, 2, False),
     ]
     assert visible(layout, None, CPU).int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],
