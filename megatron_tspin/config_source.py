@@ -150,6 +150,9 @@ def _explain(source: str, item: Any) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = [leaf.name for leaf in settings()]
+        if len(item["loc"]) == 1 and name in known:
+            section, _, leaf = name.partition(".")
+            return f"{source}: unknown setting `{name}`; write `{section}:` and below it, indented, `{leaf}:`"
         close = difflib.get_close_matches(name, known, n=1) or [
             leaf for leaf in known if leaf.endswith("." + name.split(".")[-1])
         ]

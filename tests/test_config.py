@@ -300,6 +300,15 @@ def test_rows_of_short_sequences_are_no_shorter_than_pays(
     assert default_row_capacity(micro_batch_size, seq_length) == expected
 
 
+def test_a_dotted_name_in_a_file_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: r\nmodel: {hf_checkpoint: h}\ndata: {annotated: a}\nobjective.alpha: 0.3\n")
+    with pytest.raises(
+        InputError, match="unknown setting `objective.alpha`; write `objective:` and below it, indented"
+    ):
+        load_config(path, {})
+
+
 def test_configs_are_immutable() -> None:
     config: Any = Config.model_validate({"run_dir": "r", "model": {"hf_checkpoint": "h"}, "data": {"annotated": "a"}})
     with pytest.raises(ValueError, match="frozen"):
