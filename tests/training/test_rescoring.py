@@ -4,25 +4,23 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_pool import in_layout
-from test_triplet_source import LENGTHS, document, expected
 from trajectory import make_config
+from triplet_files import LENGTHS, document, expected, write_triplets
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.data.annotated import Example, write_examples
-from megatron_tspin.data.indexed import write_documents
-from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.objective.roles import ROLES, computed_roles
 from megatron_tspin.records import PrecisionNoise, Response
 from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.training.triplet_source import TripletSource
 
-FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
 SHARD_SIZE = 3
 ANSWER = -2.5
 """Log-prob of every token of y' as the shards have it."""
@@ -68,21 +66,11 @@ def build(tmp_path: Path, tiny_checkpoint: Any, policy: Path) -> Build:
         small = {"training.train_iters": 1, "training.tensorboard": False, "precision.bf16": True}
         made = make_config(tiny_checkpoint("tied"), **{**run, **small, **settings})
         if not Path(made.run_dir).exists():
-            write_data(RunFolder(Path(made.run_dir)), iteration)
+            write_triplets(RunFolder(Path(made.run_dir)), iteration)
             write_shards(RunFolder(Path(made.run_dir)).synthetic(iteration), policy)
         return made
 
     return config
-
-
-def write_data(folder: RunFolder, iteration: int) -> None:
-    where = (folder.data, folder.data, folder.iteration(iteration), folder.data)
-    for number, (key, place) in enumerate(zip(("prompt", *ROLES), where, strict=True)):
-        place.mkdir(parents=True, exist_ok=True)
-        documents = [document(i, number, lengths[number]) for i, lengths in enumerate(LENGTHS)]
-        write_documents(document_stem(place, TRAIN, key), documents, 101, FACTS)
-    examples = [Example(id=f"ex-{i}", prompt="p", response="r", record={}) for i in range(len(LENGTHS))]
-    write_examples(examples_path(folder.data, TRAIN), examples)
 
 
 def write_shards(folder: Path, policy: Path) -> None:
@@ -152,57 +140,90 @@ def run(ranks: Any, config: Config, policy: Path, iteration: int = 1) -> Any:
     return ranks(config.parallel.world_size).run(train, config, iteration, policy, save)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Log-probs of one response after the other, at both precisions, by models that never saw our checkpoint."""
+
+    roles: int
+    exact: list[float]
+    coarse: list[float]
+    tokens: list[int]
+
+    @property
+    def errors(self) -> list[float]:
+        return [coarse - exact for exact, coarse in zip(self.exact, self.coarse, strict=True)]
+
+    def margins(self, values: list[float], first: int, second: int) -> list[float]:
+        """Differences of two roles, a prompt each."""
+        return [values[i + first] - values[i + second] for i in range(0, len(values), self.roles)]
+
+
+def judge(ranks: Any, folder: Path, roles: tuple[str, ...]) -> Judged:
+    pairs = [(document(i, 0, LENGTHS[i][0]), expected(i, role)) for i in range(len(LENGTHS)) for role in roles]
+    exact, coarse = (ranks(1).run(scores_at, folder, PrecisionSection(bf16=bf16), pairs)[0] for bf16 in (False, True))
+    return Judged(len(roles), exact, coarse, [len(response) for _, response in pairs])
+
+
+def mean_absolute(values: list[float]) -> float:
+    return statistics.fmean(map(abs, values))
+
+
+@pytest.mark.parametrize("method", ["tspin", "tspin_ref", "spin", "sft"])
+def test_noise_is_what_scores_at_two_precisions_say(method: str, build: Build, ranks: Any, policy: Path) -> None:
+    config = build(**{"objective.method": method})
+    run(ranks, config, policy)
+    found = record_of(config)
+    judged = judge(ranks, Path(config.model.hf_checkpoint), computed_roles(config.objective.method, 0.3))
+    errors, tokens = judged.errors, judged.tokens
+    assert (found.iteration, found.num_prompts, found.num_responses) == (1, 8, 8 * judged.roles)
+    assert found.mean_tokens == pytest.approx(statistics.fmean(tokens))
+    assert found.precision == "bf16 with fp32 masters, linear layers by torch" and found.seconds > 0
+    assert found.without_reference == (method in ("spin", "tspin_ref"))
+    noise = found.log_prob
+    assert noise.mean == pytest.approx(statistics.fmean(errors))
+    assert noise.standard_deviation == pytest.approx(statistics.pstdev(errors))
+    assert 0 < noise.mean_absolute == pytest.approx(mean_absolute(errors))
+    worst = max(range(len(errors)), key=lambda i: abs(errors[i]))
+    assert noise.largest_absolute == pytest.approx(abs(errors[worst]))
+    assert noise.largest_id == f"ex-{worst // judged.roles}"
+    assert noise.per_token_rms == pytest.approx((sum(error * error for error in errors) / sum(tokens)) ** 0.5)
+
+
 @pytest.mark.parametrize(
-    ("method", "iteration", "scale"),
-    [("tspin", 1, 0.1), ("tspin", 0, 0.1), ("tspin_ref", 1, 0.1), ("spin", 1, 0.05), ("sft", 1, 0.0)],
+    ("method", "iteration", "scale", "terms"),
+    [
+        ("tspin", 1, 0.1, {"current_margin": (0, 1), "historical_margin": (1, 2)}),
+        ("tspin", 0, 0.1, {"current_margin": (0, 1)}),
+        ("tspin_ref", 1, 0.1, {"current_margin": (0, 1), "historical_margin": (1, 2)}),
+        ("spin", 1, 0.05, {"current_margin": (0, 1)}),
+        ("sft", 1, 0.0, {}),
+    ],
 )
-def test_the_record_is_what_scores_at_two_precisions_say(
-    method: str, iteration: int, scale: float, build: Build, ranks: Any, policy: Path
+def test_margins_are_scaled_differences(
+    method: str, iteration: int, scale: float, terms: dict[str, Any], build: Build, ranks: Any, policy: Path
 ) -> None:
     config = build(iteration, **{"objective.method": method, "objective.spin_lambda": 0.05})
     run(ranks, config, policy, iteration)
     found = record_of(config, iteration)
-
     roles = computed_roles(config.objective.method, 0.0 if iteration == 0 else 0.3)
-    pairs = [(document(i, 0, LENGTHS[i][0]), expected(i, role)) for i in range(len(LENGTHS)) for role in roles]
-    folder = Path(config.model.hf_checkpoint)
-    exact = ranks(1).run(scores_at, folder, PrecisionSection(), pairs)[0]
-    coarse = ranks(1).run(scores_at, folder, PrecisionSection(bf16=True), pairs)[0]
-    errors = [b - a for a, b in zip(exact, coarse, strict=True)]
-    tokens = [len(response) for _, response in pairs]
-
-    assert (found.iteration, found.num_prompts, found.num_responses) == (iteration, 8, 8 * len(roles))
-    assert found.mean_tokens == pytest.approx(statistics.fmean(tokens))
-    assert found.precision == "bf16 with fp32 masters, linear layers by torch" and found.seconds > 0
-    noise = found.log_prob
-    assert noise.mean == pytest.approx(statistics.fmean(errors))
-    assert noise.standard_deviation == pytest.approx(statistics.pstdev(errors))
-    assert noise.mean_absolute == pytest.approx(statistics.fmean(map(abs, errors)))
-    worst = max(range(len(errors)), key=lambda i: abs(errors[i]))
-    assert noise.largest_absolute == pytest.approx(abs(errors[worst]))
-    assert noise.largest_id == f"ex-{worst // len(roles)}"
-    assert noise.per_token_rms == pytest.approx((sum(e * e for e in errors) / sum(tokens)) ** 0.5)
-
-    terms = {"current_margin": (0, 1), "historical_margin": (1, 2)}
-    for name, (first, second) in terms.items():
+    judged = judge(ranks, Path(config.model.hf_checkpoint), roles)
+    for name in ("current_margin", "historical_margin"):
         margin = getattr(found, name)
-        assert (margin is None) == (second >= len(roles))
+        assert (margin is not None) == (name in terms)
         if margin is not None:
-            size, off = ([scale * (v[i + first] - v[i + second]) for i in range(0, len(v), len(roles))]
-                         for v in (exact, errors))  # fmt: skip
-            assert margin.median_absolute == pytest.approx(statistics.median(map(abs, size)))
-            assert margin.noise.mean_absolute == pytest.approx(statistics.fmean(map(abs, off)))
-            assert 0 < margin.noise_share == pytest.approx(margin.noise.mean_absolute / margin.median_absolute) < 0.05
-    assert found.without_reference == (method in ("spin", "tspin_ref"))
+            median = scale * statistics.median(map(abs, judged.margins(judged.exact, *terms[name])))
+            noise = scale * mean_absolute(judged.margins(judged.errors, *terms[name]))
+            assert margin.median_absolute == pytest.approx(median)
+            assert margin.noise.mean_absolute == pytest.approx(noise)
+            assert margin.noise_share == pytest.approx(noise / median)
+            assert 0 < margin.noise_share < 0.05
     if method == "sft":
         assert (found.drift, found.no_drift) == (None, "the method has no sampled answers")
         return
-    sampled = coarse[1 :: len(roles)]
-    drifts = [score - ANSWER * LENGTHS[i][2] for i, score in enumerate(sampled)]
-    assert found.drift is not None and found.no_drift is None and found.current_margin is not None
+    drifts = [score - ANSWER * LENGTHS[i][2] for i, score in enumerate(judged.coarse[1 :: judged.roles])]
+    assert found.drift is not None and found.no_drift is None
     assert found.drift.mean == pytest.approx(statistics.fmean(drifts))
-    expected_share = scale * statistics.fmean(map(abs, drifts)) / found.current_margin.median_absolute
-    assert found.drift_share == pytest.approx(expected_share)
+    assert found.drift_share == pytest.approx(scale * mean_absolute(drifts) / found.current_margin.median_absolute)  # type: ignore[union-attr]
 
 
 def test_the_fp32_policy_is_gone_before_the_training_policy_comes(build: Build, ranks: Any, policy: Path) -> None:
@@ -276,13 +297,18 @@ def test_drift_is_left_out_with_its_reason(
 
 
 def test_answers_cut_to_a_row_are_compared_as_far_as_they_go(build: Build, ranks: Any, policy: Path) -> None:
-    cut = {"training.row_capacity": 40, "training.over_capacity": "truncate", "precision.rescored_prompts": 8}
+    cut = {"training.row_capacity": 40, "training.over_capacity": "truncate"}
     config = build(**cut, **{"objective.method": "spin"})
     run(ranks, config, policy)
-    found = record_of(config)
-    assert found.no_drift is None and found.drift is not None
-    # Random tokens are worth about -5 each, y' of ex-4 has 60: uncut, its sampled log-prob would be lower by far.
-    assert abs(found.drift.mean) < 25
+    triplets = TripletSource(config, 1, ROLES[:2]).all()
+    assert len(triplets[4].responses["synthetic"]) < LENGTHS[4][2]
+    pairs = [pair for triplet in triplets for pair in triplet.pairs()]
+    scores = ranks(1).run(scores_at, Path(config.model.hf_checkpoint), PrecisionSection(bf16=True), pairs)[0][1::2]
+    lengths = [len(triplet.responses["synthetic"]) for triplet in triplets]
+    found = record_of(config).drift
+    assert found is not None
+    drifts = [score - ANSWER * length for score, length in zip(scores, lengths, strict=True)]
+    assert found.mean == pytest.approx(statistics.fmean(drifts))
 
 
 def test_another_layout_finds_the_same_noise(build: Build, ranks: Any, policy: Path) -> None:
@@ -309,7 +335,7 @@ def test_weights_that_are_broken_are_named_before_the_first_step(
 ) -> None:
     config = build()
     broken = tmp_path / "broken"
-    ranks(1).run(save_policy, config.model.hf_checkpoint, broken, float("nan"))
+    ranks(1).run(save_policy, Path(config.model.hf_checkpoint), broken, float("nan"))
     with pytest.raises(DivergenceError, match="to 8 of 8 sampled prompts are not finite in fp32; the weights hold NaN"):
         run(ranks, config, broken)
     assert not RunFolder(Path(config.run_dir)).precision(1).exists()
