@@ -4,7 +4,6 @@ Each response is scored in fp32 and by the very model that is about to train, in
 log-probs that the generation engine stored when it sampled it.
 """
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,8 +88,7 @@ def score_in_fp32(
     exact = _scores(model, topology, triplets, "log-probs in fp32")
     _refuse_nonfinite(exact, triplets, iteration, "in fp32", "the weights hold NaN or infinity")
     del model
-    gc.collect()  # modules refer to each other in circles
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # what libraries allocate beside torch finds the room too
     return Rescoring(config, iteration, topology, start, indices, triplets, exact, time.perf_counter() - began)
 
 

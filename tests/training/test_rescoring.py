@@ -311,23 +311,26 @@ def test_answers_cut_to_a_row_are_compared_as_far_as_they_go(build: Build, ranks
     assert found.mean == pytest.approx(statistics.fmean(drifts))
 
 
-def test_another_layout_finds_the_same_noise(build: Build, ranks: Any, policy: Path) -> None:
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_another_layout_finds_the_same_noise(split: str, build: Build, ranks: Any, policy: Path) -> None:
     one = build()
     run(ranks, one, policy)
     alone = record_of(one)
     RunFolder(Path(one.run_dir)).precision(1).unlink()
-    two = build(**{"parallel.tensor_model_parallel_size": 2, "run_dir": one.run_dir})
-    ranks(2).run(train, two, 1, policy, Path(two.run_dir) / "checkpoint_tp2")
-    split = record_of(two)
+    two = build(**{f"parallel.{split}_model_parallel_size": 2, "run_dir": one.run_dir})
+    ranks(2).run(train, two, 1, policy, Path(two.run_dir) / "checkpoint_of_two")
+    found_by_two = record_of(two)
     for found, other in (
-        (split.current_margin, alone.current_margin),
-        (split.historical_margin, alone.historical_margin),
+        (found_by_two.current_margin, alone.current_margin),
+        (found_by_two.historical_margin, alone.historical_margin),
     ):
         assert found is not None and other is not None
         assert found.median_absolute == pytest.approx(other.median_absolute, rel=1e-5)
         assert found.noise.mean_absolute == pytest.approx(other.noise.mean_absolute, rel=0.8)
-    assert split.drift is not None and alone.drift is not None
-    assert split.drift.mean_absolute == pytest.approx(alone.drift.mean_absolute, abs=2 * alone.log_prob.mean_absolute)
+    assert found_by_two.drift is not None and alone.drift is not None
+    assert found_by_two.drift.mean_absolute == pytest.approx(
+        alone.drift.mean_absolute, abs=2 * alone.log_prob.mean_absolute
+    )
 
 
 def test_weights_that_are_broken_are_named_before_the_first_step(
