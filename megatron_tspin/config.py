@@ -69,6 +69,11 @@ class ObjectiveSection(Section):
         0.0, "--tspin-nll-weight", "Weight of an extra -log pi(y) per annotated token; not part of the paper.", ge=0
     )
 
+    @property
+    def margin_scale(self) -> float:
+        """What turns a difference of log-probs into a margin; sft has none."""
+        return self.spin_lambda if self.method == "spin" else self.alpha
+
 
 class OptimizerSection(Section):
     """The optimizer and its learning-rate schedule, restarted in every self-play iteration."""

@@ -112,6 +112,11 @@ class PrecisionSection(Section):
         """What each size of an FP8 weight on one TP rank has to be a multiple of."""
         return 32 if self.fp8_recipe == "mxfp8" else 16
 
+    @property
+    def rescores(self) -> bool:
+        """Whether iterations start by measuring what the formats do to log-probs; in fp32 that is nothing."""
+        return self.bf16 and self.rescored_prompts > 0
+
     def without_fp8(self) -> "PrecisionSection":
         """bf16 or fp32 as it is, by torch: how policies answer prompts and are evaluated."""
         return PrecisionSection(bf16=self.bf16)

@@ -52,6 +52,61 @@ class ReferenceLogProbs(Record):
     """Sequence log-prob by role."""
 
 
+class Differences(Record):
+    """How far two computations of the same quantities lie apart, in nats."""
+
+    count: int
+    mean: float
+    """The bias."""
+    standard_deviation: float
+    mean_absolute: float
+    p95_absolute: float
+    """95 of 100 are no larger than this."""
+    largest_absolute: float
+    largest_id: str
+    """Id of the prompt where it is."""
+    per_token_rms: float
+    """Root of the squared differences' sum over the tokens' sum: the error of one token, were errors independent."""
+
+
+class MarginNoise(Record):
+    """What low precision does to a scaled difference of two log-probs, prompt by prompt."""
+
+    noise: Differences
+    median_absolute: float
+    """Median size of the margin itself, in fp32."""
+    noise_share: float | None
+    """The noise's mean absolute over that median; None where the median is 0."""
+
+
+class PrecisionNoise(Record):
+    """What the number formats of training do to log-probs: a sample of prompts, at the start of an iteration."""
+
+    iteration: int
+    """Self-play iteration."""
+    precision: str
+    """The number formats, in words."""
+    num_prompts: int
+    num_responses: int
+    mean_tokens: float
+    """Mean response length."""
+    log_prob: Differences
+    """Under the training precision minus in fp32, of every response that the loss computes."""
+    current_margin: MarginNoise | None
+    """Of alpha (log pi(y) - log pi(y')), or of lambda times it (spin); None for sft."""
+    historical_margin: MarginNoise | None
+    """Of alpha (log pi(y') - log pi(y0)), where y0 is computed."""
+    without_reference: bool
+    """Whether the method subtracts reference log-probs, which these margins leave out: with them they are still 0."""
+    drift: Differences | None
+    """Of y': as the training precision scores it minus as the generation engine did when it sampled it."""
+    drift_share: float | None
+    """The drift's mean absolute, scaled as the margin, over the median current margin."""
+    no_drift: str | None
+    """Why the drift was not measured."""
+    seconds: float
+
+
 class StepMetrics(Record):
     """One optimizer step. Means are over the triplets of the global batch; a role that was not computed is None."""
 

@@ -51,6 +51,10 @@ class RunFolder:
         """Reference log-probs of the methods that have a reference."""
         return self.iteration(iteration) / "reference.jsonl"
 
+    def precision(self, iteration: int) -> Path:
+        """What bf16 or FP8 does to log-probs at the start of an iteration."""
+        return self.iteration(iteration) / "precision.json"
+
     def checkpoints(self, iteration: int) -> Path:
         """Folder of an iteration's checkpoints, `step_00000012` and so on; the last one is policy iteration + 1."""
         return self.iteration(iteration) / "checkpoint"

@@ -85,6 +85,26 @@ def steps_per_iteration(num_examples: int, global_batch_size: int, epochs: int, 
     return epochs * steps_per_epoch(num_examples, global_batch_size)
 
 
+def sample_examples(num_examples: int, count: int, seed: int, iteration: int) -> list[int]:
+    """A random sample of the examples for a self-play iteration, in document order; independent of its batches.
+
+    Args:
+        num_examples: Number of triplets.
+        count: How many to draw; all of them if there are no more.
+        seed: Seed of the run.
+        iteration: Self-play iteration.
+    """
+    # A spawn key keeps apart from the epochs' orders, which are keyed by [seed, iteration, epoch].
+    order = _random_order(num_examples, np.random.SeedSequence([seed, iteration], spawn_key=(0,)))
+    return sorted(order[:count].tolist())
+
+
+def _random_order(count: int, key: np.random.SeedSequence) -> NDArray[np.int64]:
+    # numpy promises the raw stream of a bit generator for all versions, but not Generator.permutation.
+    order: NDArray[np.int64] = np.argsort(np.random.Philox(key).random_raw(count), kind="stable")
+    return order
+
+
 class GlobalBatchSampler:
     """Which examples each optimizer step of a self-play iteration sees.
 
@@ -128,10 +148,7 @@ class GlobalBatchSampler:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._cached is None or self._cached[0] != epoch:
             seed, iteration = self._key
-            # numpy promises the raw stream of a bit generator for all versions, but not Generator.permutation.
-            stream = np.random.Philox(np.random.SeedSequence([seed, iteration, epoch]))
-            keys = stream.random_raw(self._num_examples)
-            order = np.argsort(keys, kind="stable")
+            order = _random_order(self._num_examples, np.random.SeedSequence([seed, iteration, epoch]))
             self._cached = (epoch, order if self._costs is None else self._stratified(order, self._costs))
         return self._cached[1]
 

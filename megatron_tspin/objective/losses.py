@@ -84,7 +84,7 @@ def triplet_losses(
     """
     if objective.method == "sft":
         return sft_loss(log_probs)
-    scale = objective.spin_lambda if objective.method == "spin" else objective.alpha
+    scale = objective.margin_scale
     rewards = {role: scale * (value - (reference[role] if reference else 0.0)) for role, value in log_probs.items()}
     if objective.method == "spin":
         losses = spin_loss(rewards, objective.link)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.records import Evaluation, RolloutSummary, StepMetrics, read_records
+from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, StepMetrics, read_records
 from megatron_tspin.storage import read_json
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
@@ -39,6 +39,8 @@ class Iteration:
     """In the order of the steps; a step that was done again after a resume counts once."""
     synthetic: RolloutSummary | None
     """The answers y' it trains on."""
+    precision: PrecisionNoise | None
+    """What bf16 or FP8 did to log-probs before its first step; None in fp32."""
 
     @property
     def early(self) -> list[StepMetrics]:
@@ -110,6 +112,7 @@ def load_run(run_dir: Path) -> RunData:
             index,
             _steps(folder / "metrics.jsonl", problems),
             _record(folder / "synthetic" / "summary.json", RolloutSummary, problems),
+            _record(folder / "precision.json", PrecisionNoise, problems),
         )
         for index, folder in _numbered(run_dir, r"iteration_(\d+)")
     ]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tspin.records import DecodingResult, Evaluation, RolloutSummary
+from megatron_tspin.records import DecodingResult, Evaluation, MarginNoise, PrecisionNoise, RolloutSummary
 from megatron_tspin.report.run_data import Iteration, RunData, weighted_mean
 from megatron_tspin.report.warnings import MIN_ACTIVE_SHARE, find_warnings
 
@@ -55,6 +55,8 @@ class IterationRow:
     top_synthetic: float | None = None
     rollout: RolloutSummary | None = None
     """The answers y' to the training prompts; of the start: y0."""
+    precision: PrecisionNoise | None = None
+    """What low precision did to log-probs before the first step."""
     evaluation: Evaluation | None = None
     """The policy after the iteration, on held-out prompts."""
 
@@ -149,6 +151,7 @@ def _row(run: RunData, iteration: Iteration) -> IterationRow:
         historical_margin=None if historical is None else run.config.objective.alpha * historical,
         seconds_per_step=weighted_mean(iteration.steps, "seconds"),
         rollout=iteration.synthetic,
+        precision=iteration.precision,
         evaluation=run.evaluations.get(iteration.index + 1),
         **late,
         **whole,
@@ -206,9 +209,22 @@ def _field(field: str, digits: int = 1) -> Callable[[IterationRow], str]:
     return lambda row: number(getattr(row, field), digits)
 
 
+def _precision(digits: int, value: Callable[[PrecisionNoise], float | None]) -> Callable[[IterationRow], str]:
+    return lambda row: ABSENT if row.precision is None else number(value(row.precision), digits)
+
+
+def _precision_share(value: Callable[[PrecisionNoise], float | None]) -> Callable[[IterationRow], str]:
+    return lambda row: ABSENT if row.precision is None else percent(value(row.precision), 1)
+
+
+def _noise_share(margin: MarginNoise | None) -> float | None:
+    return None if margin is None else margin.noise_share
+
+
 _HELD_OUT = "Held-out, policy after the iteration"
 _TRAINING = "Training, second half of the steps"
 _ANSWERS = "Answers to training prompts"
+_PRECISION = "Precision, before the first step: as trained against fp32"
 _COST = "Cost"
 
 MEASURES: tuple[Measure, ...] = (
@@ -242,6 +258,20 @@ MEASURES: tuple[Measure, ...] = (
     Measure(_ANSWERS, "tokens of y (annotated)", _field("tokens_annotated")),
     Measure(_ANSWERS, "tokens of y' (synthetic)", _field("tokens_synthetic")),
     Measure(_ANSWERS, "tokens of y0 (proto)", _field("tokens_proto")),
+    Measure(_PRECISION, "error of a log-prob (mean size, nats)", _precision(3, lambda n: n.log_prob.mean_absolute)),
+    Measure(_PRECISION, "its bias", _precision(3, lambda n: n.log_prob.mean)),
+    Measure(_PRECISION, "its largest size", _precision(3, lambda n: n.log_prob.largest_absolute)),
+    Measure(_PRECISION, "error of a token (RMS, nats)", _precision(4, lambda n: n.log_prob.per_token_rms)),
+    Measure(_PRECISION, "current margin: error / median", _precision_share(lambda n: _noise_share(n.current_margin))),
+    Measure(
+        _PRECISION, "historical margin: error / median", _precision_share(lambda n: _noise_share(n.historical_margin))
+    ),
+    Measure(
+        _PRECISION,
+        "drift from generation (mean size)",
+        _precision(3, lambda n: n.drift.mean_absolute if n.drift else None),
+    ),
+    Measure(_PRECISION, "drift / median current margin", _precision_share(lambda n: n.drift_share)),
     Measure(_COST, "steps", lambda row: str(row.steps) if row.steps else ABSENT),
     Measure(_COST, "updates skipped", _skipped),
     Measure(_COST, "seconds per step", _field("seconds_per_step", 2)),

@@ -210,6 +210,65 @@ def empty_responses(run: RunData) -> Warning_ | None:
     )
 
 
+def noisy_margins(run: RunData) -> Warning_ | None:
+    """Low precision moves margins by more than the configured share of their size."""
+    limit = run.config.precision.noise_warning
+    high = []
+    for iteration in run.iterations:
+        noise = iteration.precision
+        for name, margin in (
+            (("current", noise.current_margin), ("historical", noise.historical_margin)) if noise else ()
+        ):
+            if margin is not None and margin.noise_share is not None and margin.noise_share > limit:
+                high.append(
+                    f"iteration {iteration.index}: {name} margins off by {_small(margin.noise.mean_absolute)} on "
+                    f"average, {_percent(margin.noise_share, 1)} of the median {_small(margin.median_absolute)}"
+                )
+    if not high:
+        return None
+    referenced = any(item.precision and item.precision.without_reference for item in run.iterations)
+    without = ", reference log-probs left out" if referenced else ""
+    return Warning_(
+        "noisy_margins",
+        "Rounding moves the margins",
+        f"{_joined(high)}, as trained against fp32 on the same responses{without} (the limit here is "
+        f"{_percent(limit, 1)}).",
+        "Errors of tokens add up over a response, and the loss sees differences of whole responses: how much a step "
+        "learns from a pair is partly rounding, and a small margin may even have the wrong sign.",
+        _finer(run),
+    )
+
+
+def drifting(run: RunData) -> Warning_ | None:
+    """Generation and training give the same answers log-probs that differ by a good share of the margins."""
+    limit = run.config.precision.noise_warning
+    high = [
+        f"iteration {item.index}: {_small(noise.drift.mean_absolute)} nats on average (bias "
+        f"{_small(noise.drift.mean)}), scaled {_percent(noise.drift_share, 1)} of the median margin"
+        for item in run.iterations
+        if (noise := item.precision) and noise.drift and noise.drift_share is not None and noise.drift_share > limit
+    ]
+    if not high:
+        return None
+    return Warning_(
+        "drifting",
+        "Training and generation disagree about y'",
+        f"Log-prob of y' as trained minus as sampled: {_joined(high)} (the limit here is {_percent(limit, 1)}).",
+        "The answers come from another distribution than the one that is trained: y' is not quite the opponent's own.",
+        _finer(run) + " The figures against fp32 say whether training is the side that is off.",
+    )
+
+
+def _finer(run: RunData) -> str:
+    """What to set for less rounding."""
+    if run.config.precision.fp8 is None:
+        return "fp32 (leave `--bf16` out), or shorter answers."
+    return (
+        "More layers outside FP8 (`--num-layers-at-start-in-bf16`, `--num-layers-at-end-in-bf16`), another "
+        "`--fp8-recipe` such as rowwise, or bf16 alone (leave `--fp8-format` out)."
+    )
+
+
 _CHECKS: tuple[Callable[[RunData], Warning_ | None], ...] = (
     runaway,
     displacement,
@@ -219,6 +278,8 @@ _CHECKS: tuple[Callable[[RunData], Warning_ | None], ...] = (
     identical,
     length_drift,
     empty_responses,
+    noisy_margins,
+    drifting,
 )
 
 
@@ -293,6 +354,10 @@ def _arrow(change: Sequence[float], digits: int = 1) -> str:
 
 def _percent(share: float | None, digits: int = 0) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f}\u00a0%"
+
+
+def _small(value: float) -> str:
+    return (f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}").replace("-", "−")
 
 
 def _joined(parts: list[str]) -> str:

@@ -117,6 +117,8 @@ def _train(config: Config, iteration: int) -> Stage:
         inputs += _documents(folder, "train_proto")
     if method in _REFERENCE_METHODS:
         outputs.append(folder.reference(iteration))
+    if config.precision.rescores:
+        outputs.append(folder.precision(iteration))
     return Stage(
         name=f"train_{iteration:03d}",
         arguments=_arguments(config, "train", "--iteration", str(iteration)),
@@ -140,6 +142,8 @@ def _export(config: Config) -> Stage:
 def _report(config: Config) -> Stage:
     folder, last = _folder(config), config.self_play.iterations
     inputs = [folder.metrics(iteration) for iteration in range(last)]
+    if config.precision.rescores:
+        inputs += [folder.precision(iteration) for iteration in range(last)]
     if config.data.held_out is not None:
         inputs += [folder.evaluation(iteration) for iteration in range(last + 1)]
     return Stage("report", ("report", str(folder.root)), 1, tuple(inputs), (folder.report,), disposable=True)

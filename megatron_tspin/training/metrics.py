@@ -1,5 +1,6 @@
 """Metrics of an optimizer step: from sums over triplets to one JSON line, and TensorBoard beside it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ class MetricsWriter:
             for name, value in metrics.model_dump().items():
                 if isinstance(value, float):
                     self._events.add_scalar(name, value, metrics.step)
+
+    def write_start(self, values: Mapping[str, float]) -> None:
+        """Shows what was measured before the first step in TensorBoard, at step 0; the file of steps has none of it."""
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, 0)
 
     def close(self) -> None:
         """Closes the files."""

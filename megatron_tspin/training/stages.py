@@ -26,12 +26,14 @@ from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_engine
-from megatron_tspin.records import ScoredResponse, StepMetrics
+from megatron_tspin.records import PrecisionNoise, ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
+from megatron_tspin.training.precision_noise import noise_scalars
 from megatron_tspin.training.reference import reference_log_probs
+from megatron_tspin.training.rescoring import measure_noise, score_in_fp32
 from megatron_tspin.training.scoring_input import read_scoring_input
 from megatron_tspin.training.triplet_source import TripletSource
 
@@ -56,10 +58,12 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         source = TripletSource(config, iteration, roles)
         resumed = latest_checkpoint(checkpoints)
         start = load or policy_checkpoint(folder, iteration)
+        rescoring = score_in_fp32(config, iteration, topology, source, start)
         model = load_chunks(architecture, config.parallel, config.training, config.precision, topology, start)
         _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
         _log.info("precision: %s", describe(config.precision))
         _log_rows(config)
+        noise = measure_noise(rescoring, model) if rescoring is not None else None
         if has_reference(config.objective.method):
             facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": source.digests()}
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
@@ -68,7 +72,7 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
             trainer.done = _resume(trainer, resumed)
         elif config.precision.bf16:
             load_masters(start, trainer.chunks, trainer.optimizer)
-        _train(trainer, source, checkpoints, folder)
+        _train(trainer, source, checkpoints, folder, noise)
 
 
 def _log_rows(config: Config) -> None:
@@ -93,13 +97,16 @@ def _resume(trainer: Trainer, checkpoint: Path) -> int:
     return step
 
 
-def _train(trainer: Trainer, source: TripletSource, checkpoints: Path, folder: RunFolder) -> None:
+def _train(
+    trainer: Trainer, source: TripletSource, checkpoints: Path, folder: RunFolder, noise: PrecisionNoise | None
+) -> None:
     topology, training = trainer.topology, trainer.config.training
     interval = training.save_interval or trainer.num_steps
     writer = None
     if topology.speaks:
         events = folder.iteration(trainer.iteration) / "tensorboard" if training.tensorboard else None
         writer = MetricsWriter(folder.metrics(trainer.iteration), trainer.done, events)
+        writer.write_start(noise_scalars(noise) if noise is not None else {})
 
     def after_step(metrics: StepMetrics) -> None:
         if writer is not None:

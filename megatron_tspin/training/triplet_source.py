@@ -7,7 +7,13 @@ from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
-from megatron_tspin.data.triplets import PROMPT, GlobalBatchSampler, open_role_documents, steps_per_iteration
+from megatron_tspin.data.triplets import (
+    PROMPT,
+    GlobalBatchSampler,
+    open_role_documents,
+    sample_examples,
+    steps_per_iteration,
+)
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.batches import Triplet
@@ -46,6 +52,7 @@ class TripletSource:
             work = work_model(read_architecture(Path(config.model.hf_checkpoint)))
             shares = packing is not None and packing.share_prompts
             costs = [work.training(shape, shares) for shape in self._shapes]
+        self._key = (config.seed, iteration)
         self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration, costs)
         self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)
         self.reference: Sequence[Mapping[str, float]] | None = None
@@ -62,6 +69,10 @@ class TripletSource:
     def all(self) -> list[Triplet]:
         """Every triplet, in document order."""
         return [self.triplet(index) for index in range(self._documents.num_examples)]
+
+    def sample(self, count: int) -> list[int]:
+        """Indices of up to `count` examples, drawn at random for this iteration, in document order."""
+        return sample_examples(self._documents.num_examples, count, *self._key)
 
     def triplet(self, index: int) -> Triplet:
         """Example `index` with its responses."""

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tspin.data.indexed import open_documents, write_documents
-from megatron_tspin.data.triplets import GlobalBatchSampler, binding_facts, open_role_documents, steps_per_iteration
+from megatron_tspin.data.triplets import (
+    GlobalBatchSampler,
+    binding_facts,
+    open_role_documents,
+    sample_examples,
+    steps_per_iteration,
+)
 from megatron_tspin.errors import ArtifactError
 
 FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
@@ -116,6 +122,21 @@ def test_balanced_batches_cost_about_the_same(epoch: Any) -> None:
     costs, batch_size, batches = epoch
     totals = [sum(costs[i] for i in batch) for batch in batches if len(batch) == batch_size]
     assert not totals or max(totals) - min(totals) <= (max(costs) - min(costs)) * (1 + 1e-9)
+
+
+@given(st.integers(1, 60), st.integers(1, 80), st.integers(0, 2**70), st.integers(0, 5))
+def test_a_sample_has_no_example_twice(num_examples: int, count: int, seed: int, iteration: int) -> None:
+    found = sample_examples(num_examples, count, seed, iteration)
+    assert found == sorted(set(found)) and set(found) <= set(range(num_examples))
+    assert len(found) == min(count, num_examples)
+
+
+def test_seed_and_iteration_each_change_the_sample() -> None:
+    found = {tuple(sample_examples(100, 20, seed, iteration)) for seed, iteration in ((1, 0), (2, 0), (1, 1))}
+    assert len(found) == 3
+    first_epochs = [tuple(sorted(GlobalBatchSampler(100, 20, 1, 0).batch(step))) for step in range(0, 15, 5)]
+    assert not found & set(first_epochs), "the sample has a key of its own"
+    assert sample_examples(20, 5, 1234, 0) == [0, 2, 7, 17, 19], "on every machine and numpy"
 
 
 def lognormal(count: int) -> list[float]:

@@ -21,7 +21,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     method: {"objective__method": method, "evaluation__greedy": False} for method in ("spin", "tspin_ref", "sft")
 }
-SETTINGS = {"tp1": TP1, **LAYOUTS, **METHODS}
+BF16: dict[str, Any] = {
+    "precision__bf16": True,
+    "precision__rescored_prompts": 12,
+    "generation__temperature": 0.6,
+    "generation__top_p": 0.9,
+    "evaluation__greedy": False,
+}
+SETTINGS = {"tp1": TP1, **LAYOUTS, **METHODS, "bf16": BF16}
 
 
 class Runs:

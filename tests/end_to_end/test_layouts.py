@@ -10,7 +10,15 @@ import pytest
 from end_to_end.runs import LAYOUTS, Runs
 from end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
 from megatron_tspin.data.indexed import open_documents
-from megatron_tspin.records import Evaluation, ReferenceLogProbs, Response, ScoredResponse, StepMetrics, read_records
+from megatron_tspin.records import (
+    Evaluation,
+    PrecisionNoise,
+    ReferenceLogProbs,
+    Response,
+    ScoredResponse,
+    StepMetrics,
+    read_records,
+)
 
 LAST = f"iteration_000/checkpoint/step_{NUM_STEPS:08d}"
 
@@ -62,6 +70,21 @@ def test_a_method_writes_what_it_needs(method: str, sampled: list[str], referenc
     steps = metrics(run_dir)
     assert len(steps) == NUM_STEPS and all(step.loss > 0 for step in steps)
     assert all((step.log_prob_synthetic is not None) == ("synthetic" in sampled) for step in steps)
+
+
+def test_a_bf16_run_measures_its_noise(runs: Runs, base_run: Path) -> None:
+    """Answers are sampled at temperature 0.6 and top-p 0.9, but stored with the log-probs that training scores."""
+    run_dir = runs["bf16"]
+    path = run_dir / "iteration_000/precision.json"
+    found = PrecisionNoise.model_validate_json(path.read_text())
+    assert (found.num_prompts, found.num_responses, found.historical_margin) == (12, 24, None)
+    assert found.current_margin is not None and found.drift is not None and found.no_drift is None
+    assert 0 < found.log_prob.mean_absolute < 0.1 and 0 < found.current_margin.noise_share < 0.1
+    assert 0 < found.drift.mean_absolute < 0.1
+    marker = json.loads((run_dir / "stages/train_000.json").read_text())
+    assert marker["outputs"].items() >= sha256_of(run_dir, "precision.json").items()
+    assert "current margin: error / median" in (run_dir / "report.html").read_text()
+    assert not (base_run / "iteration_000/precision.json").exists()
 
 
 def test_references_are_the_scores_of_the_starting_policy(runs: Runs, base_run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,16 @@ import pytest
 
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import dump_config
-from megatron_tspin.records import DecodingResult, Evaluation, Response, RolloutSummary, StepMetrics
+from megatron_tspin.records import (
+    DecodingResult,
+    Differences,
+    Evaluation,
+    MarginNoise,
+    PrecisionNoise,
+    Response,
+    RolloutSummary,
+    StepMetrics,
+)
 
 
 @dataclass
@@ -42,6 +51,9 @@ class RunRecipe:
     diagnostics: bool = False
     prompt: str = "Reverse the word: apple"
     response: str = "elppa"
+    noise_share: float | None = None
+    """Error of bf16 margins over their median of 2.0; None is an fp32 run."""
+    drift_share: float = 0.01
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -151,10 +163,42 @@ class RunBuilder:
         stages.append(f"rollout_{number:03d}")
 
     def _training(self, number: int) -> None:
+        self._precision(number)
         share = min(1.0, self.done - number)
         steps = round(self.recipe.steps * share)
         lines = [self._step(number, step) for step in range(1, steps + 1)]
         self._write(f"iteration_{number:03d}/metrics.jsonl", "".join(line.line() for line in lines))
+
+    def _precision(self, number: int) -> None:
+        recipe, alpha = self.recipe, 0.1
+        if recipe.noise_share is None:
+            return
+
+        def errors(size: float) -> Differences:
+            return Differences(
+                count=64, mean=-size / 4, standard_deviation=1.2 * size, mean_absolute=size, p95_absolute=2.5 * size,
+                largest_absolute=4 * size, largest_id="7", per_token_rms=size / 5,
+            )  # fmt: skip
+
+        margin = MarginNoise(
+            noise=errors(2.0 * recipe.noise_share), median_absolute=2.0, noise_share=recipe.noise_share
+        )
+        record = PrecisionNoise(
+            iteration=number,
+            precision="bf16 with fp32 masters, linear layers by torch",
+            num_prompts=64,
+            num_responses=192 if self.triplets and number else 128 if recipe.method != "sft" else 64,
+            mean_tokens=31.0,
+            log_prob=errors(2.0 * recipe.noise_share / alpha / 1.5),
+            current_margin=margin if recipe.method != "sft" else None,
+            historical_margin=margin if self.triplets and number else None,
+            without_reference=self.reference_based,
+            drift=errors(2.0 * recipe.drift_share / alpha) if recipe.method != "sft" else None,
+            drift_share=recipe.drift_share if recipe.method != "sft" else None,
+            no_drift=None if recipe.method != "sft" else "the method has no sampled answers",
+            seconds=3.5,
+        )
+        self._write(f"iteration_{number:03d}/precision.json", record.model_dump_json())
 
     def _step(self, number: int, step: int) -> StepMetrics:
         recipe, progress, noise = self.recipe, (step - 1) / self.recipe.steps, self.noise.gauss

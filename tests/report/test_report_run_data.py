@@ -71,6 +71,7 @@ def test_a_step_repeated_after_a_resume_counts_once_the_later_line_wins(build_ru
     [
         ("evaluation/policy_001.json", "{}", "field `iteration`"),
         ("proto/summary.json", "{", "not valid JSON"),
+        ("iteration_000/precision.json", '{"iteration": 0}', "field `precision`"),
         ("stages/convert.json", '{"stage": "convert"}', "field `seconds`"),
     ],
 )

@@ -41,6 +41,33 @@ def test_lines_without_any_value_are_left_out(build_run: BuildRun) -> None:
     assert "loss" in labels and "log-prob of y' (synthetic)" not in labels and "historical advantage" not in labels
 
 
+def precision_lines(folder: Path) -> dict[str, list[str]]:
+    rows = iteration_rows(load_run(folder))
+    return {
+        m.label: [m.text(row) for row in rows] for m in measures_with_values(rows) if m.group.startswith("Precision")
+    }
+
+
+def test_precision_has_a_figure_an_iteration(build_run: BuildRun) -> None:
+    folder = build_run(iterations=2, noise_share=0.03, drift_share=0.02, config={"precision.bf16": True})
+    assert precision_lines(folder) == {
+        "error of a log-prob (mean size, nats)": [ABSENT, "0.400", "0.400"],
+        "its bias": [ABSENT, "−0.100", "−0.100"],
+        "its largest size": [ABSENT, "1.600", "1.600"],
+        "error of a token (RMS, nats)": [ABSENT, "0.0800", "0.0800"],
+        "current margin: error / median": [ABSENT, "3.0\u00a0%", "3.0\u00a0%"],
+        "historical margin: error / median": [ABSENT, ABSENT, "3.0\u00a0%"],
+        "drift from generation (mean size)": [ABSENT, "0.400", "0.400"],
+        "drift / median current margin": [ABSENT, "2.0\u00a0%", "2.0\u00a0%"],
+    }
+
+
+def test_precision_of_sft_has_no_margins_and_that_of_fp32_nothing(build_run: BuildRun) -> None:
+    sft = build_run("sft", method="sft", noise_share=0.03, config={"precision.bf16": True})
+    assert len(precision_lines(sft)) == 4
+    assert precision_lines(build_run("fp32")) == {}
+
+
 def test_accuracy_is_shown_with_its_standard_error(build_run: BuildRun) -> None:
     rows = iteration_rows(load_run(build_run()))
     sampled = next(measure for measure in MEASURES if measure.label == "accuracy (%), sampled")

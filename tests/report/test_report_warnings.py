@@ -115,10 +115,57 @@ def test_empty_answers(build_run: BuildRun) -> None:
     assert f"3.0{NBSP}% of 256" in warnings_of(build_run, empty=0.03)["empty_responses"].measured
 
 
+BF16 = {"precision.bf16": True}
+
+
+def test_noisy_margins_are_found_above_the_configured_share(build_run: BuildRun) -> None:
+    found = warnings_of(build_run, iterations=2, noise_share=0.3, config=BF16)["noisy_margins"]
+    assert f"iteration 0: current margins off by 0.6 on average, 30.0{NBSP}% of the median 2;" in found.measured
+    assert "iteration 1: historical margins off by 0.6" in found.measured
+    assert f"the limit here is 10.0{NBSP}%" in found.measured
+    assert "`--bf16`" in found.remedy and "FP8" not in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("noise_share", "drift_share", "config", "expected"),
+    [
+        (0.1, 0.1, {}, set()),
+        (0.101, 0.1, {}, {"noisy_margins"}),
+        (0.1, 0.101, {}, {"drifting"}),
+        (0.3, 0.3, {"precision.noise_warning": 0.3}, set()),
+        (0.3, 0.4, {"precision.noise_warning": 0.2}, {"noisy_margins", "drifting"}),
+        (None, 0.5, {}, set()),
+    ],
+)
+def test_noise_up_to_the_limit_is_no_warning(
+    noise_share: float | None, drift_share: float, config: dict[str, Any], expected: set[str], build_run: BuildRun
+) -> None:
+    found = warnings_of(build_run, noise_share=noise_share, drift_share=drift_share, config={**BF16, **config})
+    assert set(found) == expected
+
+
+def test_noise_of_fp8_has_fp8_remedies(build_run: BuildRun) -> None:
+    fp8 = {**BF16, "precision.fp8": "hybrid"}
+    found = warnings_of(build_run, noise_share=0.3, drift_share=0.4, config=fp8)
+    for kind in ("noisy_margins", "drifting"):
+        for flag in ("--num-layers-at-start-in-bf16", "--num-layers-at-end-in-bf16", "--fp8-recipe", "--fp8-format"):
+            assert flag in found[kind].remedy
+    assert f"8 nats on average (bias −2), scaled 40.0{NBSP}% of the median margin" in found["drifting"].measured
+
+
+@pytest.mark.parametrize("method", ["spin", "tspin_ref", "sft"])
+def test_noise_of_other_methods_is_judged_without_errors(build_run: BuildRun, method: str) -> None:
+    found = warnings_of(build_run, method=method, noise_share=0.3, drift_share=0.4, config=BF16)
+    assert ({"noisy_margins", "drifting"} <= set(found)) == (method != "sft")
+    assert method == "sft" or "reference log-probs left out" in found["noisy_margins"].measured
+
+
 def test_every_warning_says_what_it_means_and_what_to_try(build_run: BuildRun) -> None:
     found = warnings_of(
-        build_run, active=0.1, identical=0.6, empty=0.1, ended=[0.45, 0.2, 0.1, 0.1, 0.1], lengths=[90, 40, 40, 40, 40]
-    )
+        build_run, active=0.1, identical=0.6, empty=0.1, ended=[0.45, 0.2, 0.1, 0.1, 0.1], lengths=[90, 40, 40, 40, 40],
+        noise_share=0.5, drift_share=0.5, config=BF16,
+    )  # fmt: skip
     assert {"saturation", "identical", "empty_responses", "never_ending", "runaway", "length_drift"} <= set(found)
+    assert {"noisy_margins", "drifting"} <= set(found)
     for warning in found.values():
         assert warning.measured.endswith(".") and warning.meaning.endswith(".") and warning.remedy.endswith(".")

@@ -78,6 +78,25 @@ def test_what_training_reads(config_of: ConfigOf, method: str, reads: set[str], 
     assert ("iteration_001/reference.jsonl" in outputs) == writes_reference
 
 
+@pytest.mark.parametrize(
+    ("precision", "measured"),
+    [
+        ({}, False),
+        ({"precision__bf16": True}, True),
+        ({"precision__bf16": True, "precision__rescored_prompts": 0}, False),
+    ],
+)
+def test_training_in_low_precision_writes_its_noise(
+    config_of: ConfigOf, precision: dict[str, object], measured: bool
+) -> None:
+    config = config_of(**precision)
+    stages = by_name(config)
+    for iteration in range(2):
+        path = f"iteration_{iteration:03d}/precision.json"
+        assert (path in relative(stages[f"train_{iteration:03d}"].outputs, config)) == measured
+        assert (path in relative(stages["report"].inputs, config)) == measured
+
+
 def test_every_input_inside_the_run_was_written_by_an_earlier_stage(config_of: ConfigOf) -> None:
     for method in ("tspin", "spin", "tspin_ref", "sft"):
         config = config_of(objective__method=method)

@@ -121,6 +121,23 @@ def test_lost_lines_do_not_stop_a_run(tmp_path: Path, caplog: Any) -> None:
     assert "metrics.jsonl:3" in caplog.text and "steps 3 to 4 are lost" in caplog.text
 
 
+def test_what_was_measured_before_the_first_step_is_step_0(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, events = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    for folder in (events, None):
+        writer = MetricsWriter(path, 0, folder)
+        writer.write_start({"precision/drift": 0.25})
+        writer.write(metrics(1))
+        writer.close()
+        assert steps_in(path) == [1]
+    write(path, 1, 2, events)
+    found = EventAccumulator(str(events))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("precision/drift")] == [(0, 0.25)]
+    assert [event.step for event in found.Scalars("loss")] == [1, 2]
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

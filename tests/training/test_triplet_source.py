@@ -6,62 +6,30 @@ from typing import Any
 
 import pytest
 from trajectory import make_config
+from triplet_files import LENGTHS, document, expected, write_triplets
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import Example, write_examples
-from megatron_tspin.data.indexed import write_documents
-from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
 from megatron_tspin.errors import InputError
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.training.triplet_source import TripletSource
 
-FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
 ITERATION = 2
-LENGTHS = [
-    (4, 3, 5, 2),
-    (2, 30, 9, 12),
-    (6, 1, 1, 1),
-    (3, 8, 8, 8),
-    (5, 4, 60, 4),
-    (7, 2, 2, 2),
-    (1, 6, 7, 8),
-    (9, 5, 5, 5),
-]
-"""Tokens of the prompt, y, y' and y0 of each example; the second and the fifth are long."""
 
 Build = Callable[..., Config]
-
-
-def document(example: int, role: int, length: int) -> list[int]:
-    """Tokens that tell where they belong."""
-    return [(11 * example + 3 * role + place) % 100 for place in range(length)]
 
 
 @pytest.fixture
 def build(tmp_path: Path, tiny_checkpoint: Any) -> Build:
     """Writes the data of an iteration; returns the config of its run, with the settings that are given."""
     folder = RunFolder(tmp_path / "run")
-    where = dict(
-        zip(("prompt", *ROLES), (folder.data, folder.data, folder.iteration(ITERATION), folder.data), strict=True)
-    )
-    for number, (key, place) in enumerate(where.items()):
-        place.mkdir(parents=True, exist_ok=True)
-        documents = [document(i, number, lengths[number]) for i, lengths in enumerate(LENGTHS)]
-        write_documents(document_stem(place, TRAIN, key), documents, 101, FACTS)
-    examples = [Example(id=f"ex-{i}", prompt="p", response="r", record={}) for i in range(len(LENGTHS))]
-    write_examples(examples_path(folder.data, TRAIN), examples)
+    write_triplets(folder, ITERATION)
 
     def config(**settings: Any) -> Config:
         small = {"run_dir": str(folder.root), "training.global_batch_size": 3, "training.row_capacity": None}
         return make_config(tiny_checkpoint("tied"), **{**small, **settings})
 
     return config
-
-
-def expected(example: int, role: str, length: int | None = None) -> list[int]:
-    number = ROLES.index(role) + 1
-    return document(example, number, LENGTHS[example][number])[:length]
 
 
 @pytest.mark.parametrize("roles", [ROLES, ROLES[:2], ROLES[:1]], ids=len)

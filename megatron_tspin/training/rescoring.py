@@ -1,0 +1,226 @@
+"""What bf16 or FP8 does to log-probs, measured on a sample of prompts before an iteration's first step.
+
+Each response is scored in fp32 and by the very model that is about to train, in the same rows; y' also has the
+log-probs that the generation engine stored when it sampled it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_tspin.checkpoint.store import load_chunks
+from megatron_tspin.config import Config
+from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.errors import DivergenceError, InputError
+from megatron_tspin.log import get_logger
+from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.objective.batches import Triplet
+from megatron_tspin.objective.roles import has_reference
+from megatron_tspin.objective.scoring import score_pairs
+from megatron_tspin.parallel import Topology
+from megatron_tspin.precision import describe
+from megatron_tspin.records import Differences, PrecisionNoise, Response, read_records
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.storage import read_json, sha256_file, write_json
+from megatron_tspin.training.precision_noise import Values, differences, margin_noise, share
+from megatron_tspin.training.triplet_source import TripletSource
+
+_log = get_logger(__name__)
+
+ByRole = dict[str, Values]
+
+
+class _NotComparable(Exception):
+    """Says why stored log-probs are not those of the same policy and responses."""
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """A sample of an iteration's triplets and their log-probs in fp32, waiting for those of the training precision.
+
+    Attributes:
+        config: The run.
+        iteration: Self-play iteration.
+        topology: The layout.
+        start: Checkpoint that the iteration starts from.
+        indices: Place of each sampled example in the documents.
+        triplets: The examples.
+        exact: Log-probs in fp32 by role, float64 [triplets] each.
+        seconds: What it took so far.
+    """
+
+    config: Config
+    iteration: int
+    topology: Topology
+    start: Path
+    indices: Sequence[int]
+    triplets: Sequence[Triplet]
+    exact: ByRole
+    seconds: float
+
+
+def score_in_fp32(
+    config: Config, iteration: int, topology: Topology, source: TripletSource, start: Path
+) -> Rescoring | None:
+    """Draws the sample and scores it in fp32, all ranks together; None if there is nothing (left) to measure.
+
+    The fp32 policy is a model of its own and gone when this returns. Call it before the training model is loaded: then
+    the weights of one model at a time are held, 4 bytes a parameter against the 2 of bf16, at a moment when there are
+    neither gradients (4 more) nor an optimizer (masters and moments); training needs more than the measurement did.
+
+    Raises:
+        DivergenceError: A log-prob is not finite even in fp32.
+    """
+    known = RunFolder(Path(config.run_dir)).precision(iteration).is_file()
+    # Loading is collective: every rank has looked by the time that rank 0 writes the file.
+    if known or not config.precision.rescores:
+        return None
+    began = time.perf_counter()
+    indices = source.sample(config.precision.rescored_prompts)
+    triplets = [source.triplet(index) for index in indices]
+    architecture = read_architecture(Path(config.model.hf_checkpoint))
+    model = load_chunks(architecture, config.parallel, config.training, PrecisionSection(), topology, start)
+    exact = _scores(model, topology, triplets, "log-probs in fp32")
+    _refuse_nonfinite(exact, triplets, iteration, "in fp32", "the weights hold NaN or infinity")
+    del model
+    torch.cuda.empty_cache()  # what libraries allocate beside torch finds the room too
+    return Rescoring(config, iteration, topology, start, indices, triplets, exact, time.perf_counter() - began)
+
+
+def measure_noise(rescoring: Rescoring, model: Sequence[PolicyModel]) -> PrecisionNoise:
+    """Scores the sample by the model that is about to train; rank 0 writes the iteration's `precision.json`.
+
+    Args:
+        rescoring: Of `score_in_fp32`.
+        model: The policy that the iteration starts from, by virtual stages, in the training precision.
+
+    Returns:
+        What was written; other ranks than 0 have no drift in it.
+
+    Raises:
+        DivergenceError: A log-prob is not finite.
+    """
+    began = time.perf_counter()
+    formats = describe(rescoring.config.precision)
+    trained = _scores(model, rescoring.topology, rescoring.triplets, "log-probs as trained")
+    remedy = "keep more layers out of FP8, take another --fp8-recipe, or leave --fp8-format and then --bf16 out"
+    _refuse_nonfinite(trained, rescoring.triplets, rescoring.iteration, f"in {formats}, but are in fp32", remedy)
+    noise = _noise(rescoring, trained, formats)
+    if rescoring.topology.speaks:
+        noise = _with_drift(noise, rescoring, trained)
+        noise = noise.model_copy(update={"seconds": rescoring.seconds + time.perf_counter() - began})
+        write_json(RunFolder(Path(rescoring.config.run_dir)).precision(rescoring.iteration), noise.model_dump())
+        _log_noise(noise)
+    return noise
+
+
+def _scores(model: Sequence[PolicyModel], topology: Topology, triplets: Sequence[Triplet], description: str) -> ByRole:
+    pairs = [pair for triplet in triplets for pair in triplet.pairs()]
+    roles = list(triplets[0].responses)
+    table = np.array(score_pairs(model, topology, pairs, description=description)).reshape(-1, len(roles))
+    return {role: table[:, column] for column, role in enumerate(roles)}
+
+
+def _refuse_nonfinite(log_probs: ByRole, triplets: Sequence[Triplet], iteration: int, where: str, remedy: str) -> None:
+    sums = sum(log_probs.values())  # not finite where any of them is not
+    ids = [triplet.id for triplet, total in zip(triplets, np.asarray(sums), strict=True) if not np.isfinite(total)]
+    if ids:
+        raise DivergenceError(
+            f"iteration {iteration}, before the first step: log-probs of responses to {len(ids)} of {len(triplets)} "
+            f"sampled prompts are not finite {where}; {remedy}. Prompts: {', '.join(ids)}"
+        )
+
+
+def _noise(rescoring: Rescoring, trained: ByRole, formats: str) -> PrecisionNoise:
+    """Everything but the drift."""
+    triplets, exact, objective = rescoring.triplets, rescoring.exact, rescoring.config.objective
+    ids = [triplet.id for triplet in triplets]
+    lengths = {role: np.array([float(len(triplet.responses[role])) for triplet in triplets]) for role in exact}
+    tokens = np.concatenate(list(lengths.values()))
+    margins = {
+        field: margin_noise(trained, exact, lengths, terms, objective.margin_scale, ids)
+        for field, terms in (
+            ("current_margin", ("annotated", "synthetic")),
+            ("historical_margin", ("synthetic", "proto")),
+        )
+    }
+    return PrecisionNoise(
+        iteration=rescoring.iteration,
+        precision=formats,
+        num_prompts=len(triplets),
+        num_responses=len(tokens),
+        mean_tokens=float(tokens.mean()),
+        log_prob=differences(
+            np.concatenate([trained[role] for role in exact]), np.concatenate(list(exact.values())), tokens,
+            ids * len(exact),
+        ),
+        **margins,
+        without_reference=has_reference(objective.method),
+        drift=None,
+        drift_share=None,
+        no_drift=None,
+        seconds=0.0,
+    )  # fmt: skip
+
+
+def _with_drift(noise: PrecisionNoise, rescoring: Rescoring, trained: ByRole) -> PrecisionNoise:
+    try:
+        drift = _drift(rescoring, trained)
+    except (_NotComparable, InputError) as error:
+        return noise.model_copy(update={"no_drift": str(error)})
+    margin = noise.current_margin
+    assert margin is not None, "y' was computed"
+    scaled = rescoring.config.objective.margin_scale * drift.mean_absolute
+    return noise.model_copy(update={"drift": drift, "drift_share": share(scaled, margin.median_absolute)})
+
+
+def _drift(rescoring: Rescoring, trained: ByRole) -> Differences:
+    """Compares log pi(y') as trained with that as sampled.
+
+    The engine stores log-probs at temperature 1 over the whole vocabulary, whatever temperature, top-p and top-k it
+    samples with (`records.Response.token_log_probs`), which is what training scores: they compare under any decoding.
+
+    Raises:
+        _NotComparable: They are of another policy or of other responses.
+        InputError: A shard cannot be read.
+    """
+    if "synthetic" not in trained:
+        raise _NotComparable("the method has no sampled answers")
+    folder = RunFolder(Path(rescoring.config.run_dir)).synthetic(rescoring.iteration)
+    settings = read_json(folder / "settings.json")
+    if settings.get("checkpoint_sha256") != sha256_file(rescoring.start / "manifest.json"):
+        raise _NotComparable("the answers were sampled from another checkpoint than the one that training starts from")
+    wanted = {triplet.id: triplet.responses["synthetic"] for triplet in rescoring.triplets}
+    shards = {index // settings["shard_size"] for index in rescoring.indices}
+    sampled: dict[str, float] = {}
+    for path in (folder / f"shard_{shard:05d}.jsonl" for shard in sorted(shards)):
+        for answer in read_records(path, Response):
+            if answer.id in wanted:
+                sampled[answer.id] = _log_prob(answer, wanted[answer.id])
+    if set(sampled) != set(wanted):
+        raise _NotComparable(f"{folder} does not hold the answers of all sampled prompts")
+    tokens = np.array([float(len(response)) for response in wanted.values()])
+    expected = np.array([sampled[identifier] for identifier in wanted])
+    return differences(trained["synthetic"], expected, tokens, list(wanted))
+
+
+def _log_prob(answer: Response, trained_on: Sequence[int]) -> float:
+    """The log-prob of what training sees of an answer: the whole, or what a packed row's capacity left of it."""
+    if answer.response_ids[: len(trained_on)] != list(trained_on):
+        raise _NotComparable(f"the stored answer to prompt {answer.id} is not the one that is trained on")
+    return sum(answer.token_log_probs[: len(trained_on)])
+
+
+def _log_noise(noise: PrecisionNoise) -> None:
+    parts = [f"log-probs of {noise.num_responses} responses off by {noise.log_prob.mean_absolute:.3g} nats on average"]
+    margin = noise.current_margin
+    if margin is not None and margin.noise_share is not None:
+        parts.append(f"margins by {100 * margin.noise_share:.2g} % of the median margin")
+    if noise.drift is not None:
+        parts.append(f"y' by {noise.drift.mean_absolute:.3g} nats from what generation computed")
+    _log.info("precision: %s", ", ".join(parts))

@@ -1,0 +1,344 @@
+"""Iterations in bf16 start by measuring their noise: against scores at both precisions, and never twice."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import in_layout
+from trajectory import make_config
+from triplet_files import LENGTHS, document, expected, write_triplets
+
+from megatron_tspin.config import Config, ParallelSection
+from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.errors import DivergenceError
+from megatron_tspin.objective.roles import ROLES, computed_roles
+from megatron_tspin.records import PrecisionNoise, Response
+from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.training.triplet_source import TripletSource
+
+SHARD_SIZE = 3
+ANSWER = -2.5
+"""Log-prob of every token of y' as the shards have it."""
+Build = Callable[..., Config]
+
+
+def save_policy(folder: Path, checkpoint: Path, damage: float | None = None) -> None:
+    """On a rank: converts a checkpoint; `damage` becomes one of its weights."""
+    import torch
+
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.store import save_checkpoint
+
+    with in_layout(ParallelSection()) as topology, torch.no_grad():
+        model = built(folder, ParallelSection(), PrecisionSection())
+        load_hf(model, topology)
+        if damage is not None:
+            model.decoder.final_layernorm.weight[0] = damage
+        save_checkpoint(checkpoint, model, topology)
+
+
+def built(folder: Path, layout: ParallelSection, precision: PrecisionSection) -> Any:
+    from megatron_tspin.config import TrainingSection
+    from megatron_tspin.models.hf_config import read_architecture
+    from megatron_tspin.models.provider import make_model_provider
+
+    return make_model_provider(read_architecture(folder), layout, TrainingSection(), precision)()
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, ranks: Any, tiny_checkpoint: Any) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "checkpoint"
+    ranks(1).run(save_policy, tiny_checkpoint("tied"), folder)
+    return folder
+
+
+@pytest.fixture
+def build(tmp_path: Path, tiny_checkpoint: Any, policy: Path) -> Build:
+    """Writes the documents and shards of an iteration; returns the config of its run."""
+
+    def config(iteration: int = 1, **settings: Any) -> Config:
+        run = {"run_dir": str(tmp_path / "run"), "training.global_batch_size": 3, "training.row_capacity": None}
+        small = {"training.train_iters": 1, "training.tensorboard": False, "precision.bf16": True}
+        made = make_config(tiny_checkpoint("tied"), **{**run, **small, **settings})
+        if not Path(made.run_dir).exists():
+            write_triplets(RunFolder(Path(made.run_dir)), iteration)
+            write_shards(RunFolder(Path(made.run_dir)).synthetic(iteration), policy)
+        return made
+
+    return config
+
+
+def write_shards(folder: Path, policy: Path) -> None:
+    from megatron_tspin.storage import sha256_file, write_json
+
+    answers = [
+        Response(id=f"ex-{i}", response_ids=ids, token_log_probs=[ANSWER] * len(ids), ended=True, text="")
+        for i, ids in enumerate(expected(i, "synthetic") for i in range(len(LENGTHS)))
+    ]
+    facts = {"checkpoint_sha256": sha256_file(policy / "manifest.json"), "shard_size": SHARD_SIZE}
+    write_json(folder / "settings.json", facts)
+    for number in range(0, len(answers), SHARD_SIZE):
+        lines = "".join(answer.line() for answer in answers[number : number + SHARD_SIZE])
+        (folder / f"shard_{number // SHARD_SIZE:05d}.jsonl").write_text(lines)
+
+
+def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple[bool, list[bool]]]:
+    """On ranks: the stage; returns of each model loaded whether it is bf16, and which earlier ones were still there."""
+    import weakref
+    from unittest.mock import patch
+
+    from megatron_tspin.checkpoint import store
+    from megatron_tspin.training import rescoring, stages
+
+    seen: list[tuple[bool, list[bool]]] = []
+    alive: list[Any] = []
+
+    def load(*arguments: Any) -> Any:
+        there = [reference() is not None for reference in alive]
+        chunks = store.load_chunks(*arguments)
+        seen.append((chunks[0].config.bf16, there))
+        alive.append(weakref.ref(chunks[0]))
+        return chunks
+
+    @contextmanager
+    def joined(layout: ParallelSection, *_: Any) -> Iterator[Any]:
+        with in_layout(layout) as topology:
+            yield topology
+
+    with (
+        patch.object(stages, "distributed", joined),
+        patch.object(stages, "load_chunks", load),
+        patch.object(rescoring, "load_chunks", load),
+    ):
+        stages.train_run(config, iteration, start, save)
+    return seen
+
+
+def scores_at(folder: Path, precision: PrecisionSection, pairs: list[Any]) -> list[float]:
+    """On a rank: log-probs by a model that never saw a checkpoint of ours."""
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.objective.scoring import score_pairs
+
+    with in_layout(ParallelSection()) as topology:
+        model = built(folder, ParallelSection(), precision)
+        load_hf(model, topology)
+        return score_pairs(model, topology, pairs)
+
+
+def record_of(config: Config, iteration: int = 1) -> PrecisionNoise:
+    path = RunFolder(Path(config.run_dir)).precision(iteration)
+    return PrecisionNoise.model_validate_json(path.read_text())
+
+
+def run(ranks: Any, config: Config, policy: Path, iteration: int = 1) -> Any:
+    save = Path(config.run_dir) / "checkpoint"
+    return ranks(config.parallel.world_size).run(train, config, iteration, policy, save)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Log-probs of one response after the other, at both precisions, by models that never saw our checkpoint."""
+
+    roles: int
+    exact: list[float]
+    coarse: list[float]
+    tokens: list[int]
+
+    @property
+    def errors(self) -> list[float]:
+        return [coarse - exact for exact, coarse in zip(self.exact, self.coarse, strict=True)]
+
+    def margins(self, values: list[float], first: int, second: int) -> list[float]:
+        """Differences of two roles, a prompt each."""
+        return [values[i + first] - values[i + second] for i in range(0, len(values), self.roles)]
+
+
+def judge(ranks: Any, folder: Path, roles: tuple[str, ...]) -> Judged:
+    pairs = [(document(i, 0, LENGTHS[i][0]), expected(i, role)) for i in range(len(LENGTHS)) for role in roles]
+    exact, coarse = (ranks(1).run(scores_at, folder, PrecisionSection(bf16=bf16), pairs)[0] for bf16 in (False, True))
+    return Judged(len(roles), exact, coarse, [len(response) for _, response in pairs])
+
+
+def mean_absolute(values: list[float]) -> float:
+    return statistics.fmean(map(abs, values))
+
+
+@pytest.mark.parametrize("method", ["tspin", "tspin_ref", "spin", "sft"])
+def test_noise_is_what_scores_at_two_precisions_say(method: str, build: Build, ranks: Any, policy: Path) -> None:
+    config = build(**{"objective.method": method})
+    run(ranks, config, policy)
+    found = record_of(config)
+    judged = judge(ranks, Path(config.model.hf_checkpoint), computed_roles(config.objective.method, 0.3))
+    errors, tokens = judged.errors, judged.tokens
+    assert (found.iteration, found.num_prompts, found.num_responses) == (1, 8, 8 * judged.roles)
+    assert found.mean_tokens == pytest.approx(statistics.fmean(tokens))
+    assert found.precision == "bf16 with fp32 masters, linear layers by torch" and found.seconds > 0
+    assert found.without_reference == (method in ("spin", "tspin_ref"))
+    noise = found.log_prob
+    assert noise.mean == pytest.approx(statistics.fmean(errors))
+    assert noise.standard_deviation == pytest.approx(statistics.pstdev(errors))
+    assert 0 < noise.mean_absolute == pytest.approx(mean_absolute(errors))
+    worst = max(range(len(errors)), key=lambda i: abs(errors[i]))
+    assert noise.largest_absolute == pytest.approx(abs(errors[worst]))
+    assert noise.largest_id == f"ex-{worst // judged.roles}"
+    assert noise.per_token_rms == pytest.approx((sum(error * error for error in errors) / sum(tokens)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "iteration", "scale", "terms"),
+    [
+        ("tspin", 1, 0.1, {"current_margin": (0, 1), "historical_margin": (1, 2)}),
+        ("tspin", 0, 0.1, {"current_margin": (0, 1)}),
+        ("tspin_ref", 1, 0.1, {"current_margin": (0, 1), "historical_margin": (1, 2)}),
+        ("spin", 1, 0.05, {"current_margin": (0, 1)}),
+        ("sft", 1, 0.0, {}),
+    ],
+)
+def test_margins_are_scaled_differences(
+    method: str, iteration: int, scale: float, terms: dict[str, Any], build: Build, ranks: Any, policy: Path
+) -> None:
+    config = build(iteration, **{"objective.method": method, "objective.spin_lambda": 0.05})
+    run(ranks, config, policy, iteration)
+    found = record_of(config, iteration)
+    roles = computed_roles(config.objective.method, 0.0 if iteration == 0 else 0.3)
+    judged = judge(ranks, Path(config.model.hf_checkpoint), roles)
+    for name in ("current_margin", "historical_margin"):
+        margin = getattr(found, name)
+        assert (margin is not None) == (name in terms)
+        if margin is not None:
+            median = scale * statistics.median(map(abs, judged.margins(judged.exact, *terms[name])))
+            noise = scale * mean_absolute(judged.margins(judged.errors, *terms[name]))
+            assert margin.median_absolute == pytest.approx(median)
+            assert margin.noise.mean_absolute == pytest.approx(noise)
+            assert margin.noise_share == pytest.approx(noise / median)
+            assert 0 < margin.noise_share < 0.05
+    if method == "sft":
+        assert (found.drift, found.no_drift) == (None, "the method has no sampled answers")
+        return
+    drifts = [score - ANSWER * LENGTHS[i][2] for i, score in enumerate(judged.coarse[1 :: judged.roles])]
+    assert found.drift is not None and found.no_drift is None
+    assert found.drift.mean == pytest.approx(statistics.fmean(drifts))
+    assert found.drift_share == pytest.approx(scale * mean_absolute(drifts) / found.current_margin.median_absolute)  # type: ignore[union-attr]
+
+
+def test_the_fp32_policy_is_gone_before_the_training_policy_comes(build: Build, ranks: Any, policy: Path) -> None:
+    assert run(ranks, build(), policy) == [[(False, []), (True, [False])]]
+
+
+@pytest.mark.parametrize("settings", [{"precision.bf16": False}, {"precision.rescored_prompts": 0}], ids=str)
+def test_nothing_is_measured(settings: dict[str, Any], build: Build, ranks: Any, policy: Path) -> None:
+    config = build(**settings)
+    assert run(ranks, config, policy) == [[(config.precision.bf16, [])]]
+    assert not RunFolder(Path(config.run_dir)).precision(1).exists()
+
+
+def test_a_record_that_is_there_is_kept(build: Build, ranks: Any, policy: Path) -> None:
+    config = build()
+    path = RunFolder(Path(config.run_dir)).precision(1)
+    path.write_text("kept")
+    assert run(ranks, config, policy) == [[(True, [])]]
+    assert path.read_text() == "kept"
+
+
+def test_the_sample_is_as_large_as_was_asked_for(build: Build, ranks: Any, policy: Path) -> None:
+    config = build(**{"precision.rescored_prompts": 3})
+    run(ranks, config, policy)
+    found = record_of(config)
+    assert (found.num_prompts, found.num_responses, found.no_drift) == (3, 9, None)
+    assert found.drift is not None and found.drift.count == 3
+
+
+def change_settings(folder: Path) -> None:
+    values = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(values | {"checkpoint_sha256": "other"}))
+
+
+def change_answer(folder: Path) -> None:
+    lines = (folder / "shard_00001.jsonl").read_text().splitlines()
+    answer = Response.model_validate_json(lines[0])
+    lines[0] = answer.model_copy(update={"response_ids": [99, *answer.response_ids[1:]]}).line().strip()
+    (folder / "shard_00001.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def tear(folder: Path) -> None:
+    path = folder / "shard_00002.jsonl"
+    path.write_text(path.read_text()[:-9])
+
+
+def lose_answer(folder: Path) -> None:
+    path = folder / "shard_00000.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (change_settings, "sampled from another checkpoint"),
+        (change_answer, "the stored answer to prompt ex-3 is not the one that is trained on"),
+        (tear, "shard_00002.jsonl:2: not valid JSON"),
+        (lose_answer, "does not hold the answers of all sampled prompts"),
+    ],
+)
+def test_drift_is_left_out_with_its_reason(
+    damage: Callable[[Path], None], reason: str, build: Build, ranks: Any, policy: Path
+) -> None:
+    """What cannot be compared stops no training: the answers trained on come from the documents."""
+    config = build()
+    damage(RunFolder(Path(config.run_dir)).synthetic(1))
+    run(ranks, config, policy)
+    found = record_of(config)
+    assert found.drift is None and found.drift_share is None and reason in str(found.no_drift)
+    assert found.current_margin is not None
+
+
+def test_answers_cut_to_a_row_are_compared_as_far_as_they_go(build: Build, ranks: Any, policy: Path) -> None:
+    cut = {"training.row_capacity": 40, "training.over_capacity": "truncate"}
+    config = build(**cut, **{"objective.method": "spin"})
+    run(ranks, config, policy)
+    triplets = TripletSource(config, 1, ROLES[:2]).all()
+    assert len(triplets[4].responses["synthetic"]) < LENGTHS[4][2]
+    pairs = [pair for triplet in triplets for pair in triplet.pairs()]
+    scores = ranks(1).run(scores_at, Path(config.model.hf_checkpoint), PrecisionSection(bf16=True), pairs)[0][1::2]
+    lengths = [len(triplet.responses["synthetic"]) for triplet in triplets]
+    found = record_of(config).drift
+    assert found is not None
+    drifts = [score - ANSWER * length for score, length in zip(scores, lengths, strict=True)]
+    assert found.mean == pytest.approx(statistics.fmean(drifts))
+
+
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_another_layout_finds_the_same_noise(split: str, build: Build, ranks: Any, policy: Path) -> None:
+    one = build()
+    run(ranks, one, policy)
+    alone = record_of(one)
+    RunFolder(Path(one.run_dir)).precision(1).unlink()
+    two = build(**{f"parallel.{split}_model_parallel_size": 2, "run_dir": one.run_dir})
+    ranks(2).run(train, two, 1, policy, Path(two.run_dir) / "checkpoint_of_two")
+    found_by_two = record_of(two)
+    for found, other in (
+        (found_by_two.current_margin, alone.current_margin),
+        (found_by_two.historical_margin, alone.historical_margin),
+    ):
+        assert found is not None and other is not None
+        assert found.median_absolute == pytest.approx(other.median_absolute, rel=1e-5)
+        assert found.noise.mean_absolute == pytest.approx(other.noise.mean_absolute, rel=0.8)
+    assert found_by_two.drift is not None and alone.drift is not None
+    assert found_by_two.drift.mean_absolute == pytest.approx(
+        alone.drift.mean_absolute, abs=2 * alone.log_prob.mean_absolute
+    )
+
+
+def test_weights_that_are_broken_are_named_before_the_first_step(
+    build: Build, ranks: Any, policy: Path, tmp_path: Path
+) -> None:
+    config = build()
+    broken = tmp_path / "broken"
+    ranks(1).run(save_policy, Path(config.model.hf_checkpoint), broken, float("nan"))
+    with pytest.raises(DivergenceError, match="to 8 of 8 sampled prompts are not finite in fp32; the weights hold NaN"):
+        run(ranks, config, broken)
+    assert not RunFolder(Path(config.run_dir)).precision(1).exists()
