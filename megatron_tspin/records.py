@@ -70,7 +70,7 @@ class Differences(Record):
 
 
 class MarginNoise(Record):
-    """What low precision does to a scaled difference of two log-probs, prompt by prompt."""
+    """What low precision does to a scaled difference of two log-probs, a value a prompt whose responses differ."""
 
     noise: Differences
     median_absolute: float
@@ -93,7 +93,7 @@ class PrecisionNoise(Record):
     log_prob: Differences
     """Under the training precision minus in fp32, of every response that the loss computes."""
     current_margin: MarginNoise | None
-    """Of alpha (log pi(y) - log pi(y')), or of lambda times it (spin); None for sft."""
+    """Of alpha (log pi(y) - log pi(y')), or of lambda times it (spin); None for sft, or if every y' is its y."""
     historical_margin: MarginNoise | None
     """Of alpha (log pi(y') - log pi(y0)), where y0 is computed."""
     without_reference: bool

@@ -5,7 +5,7 @@ with the root of the length, a common bias with the length itself. T-SPIN's loss
 their noise is held against the size of the margins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,35 +38,22 @@ def differences(found: Values, expected: Values, tokens: Values, ids: Sequence[s
     )
 
 
-def margin_noise(
-    found: Mapping[str, Values],
-    expected: Mapping[str, Values],
-    lengths: Mapping[str, Values],
-    terms: tuple[str, str],
-    scale: float,
-    ids: Sequence[str],
-) -> MarginNoise | None:
-    """The noise of scale * (log pi(first) - log pi(second)), a prompt a value; None where a role was not computed.
+def margin_noise(found: Values, expected: Values, tokens: Values, ids: Sequence[str]) -> MarginNoise:
+    """The noise of margins, prompt by prompt, and how large they are themselves.
 
     Args:
-        found: Log-probs under the training precision by role, [prompts] each.
+        found: Margins under the training precision, [n].
         expected: Those in fp32.
-        lengths: Response tokens.
-        terms: First and second role.
-        scale: alpha, or lambda.
+        tokens: Tokens of both responses, [n].
         ids: The prompts.
     """
-    first, second = terms
-    if not {first, second} <= set(found):
-        return None
-    exact = scale * (expected[first] - expected[second])
-    noise = differences(scale * (found[first] - found[second]), exact, lengths[first] + lengths[second], ids)
-    median = float(np.median(np.abs(exact)))
+    noise = differences(found, expected, tokens, ids)
+    median = float(np.median(np.abs(expected)))
     return MarginNoise(noise=noise, median_absolute=median, noise_share=share(noise.mean_absolute, median))
 
 
 def share(part: float, median: float) -> float | None:
-    """A typical error over the median margin; None where that is 0, as when every y' is its y."""
+    """A typical error over the median margin; None where that is 0."""
     return part / median if median else None
 
 

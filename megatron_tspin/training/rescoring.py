@@ -24,7 +24,7 @@ from megatron_tspin.objective.roles import has_reference
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology
 from megatron_tspin.precision import describe
-from megatron_tspin.records import Differences, PrecisionNoise, Response, read_records
+from megatron_tspin.records import Differences, MarginNoise, PrecisionNoise, Response, read_records
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import read_json, sha256_file, write_json
 from megatron_tspin.training.precision_noise import Values, differences, margin_noise, share
@@ -138,17 +138,9 @@ def _refuse_nonfinite(log_probs: ByRole, triplets: Sequence[Triplet], iteration:
 
 def _noise(rescoring: Rescoring, trained: ByRole, formats: str) -> PrecisionNoise:
     """Everything but the drift."""
-    triplets, exact, objective = rescoring.triplets, rescoring.exact, rescoring.config.objective
+    triplets, exact = rescoring.triplets, rescoring.exact
     ids = [triplet.id for triplet in triplets]
-    lengths = {role: np.array([float(len(triplet.responses[role])) for triplet in triplets]) for role in exact}
-    tokens = np.concatenate(list(lengths.values()))
-    margins = {
-        field: margin_noise(trained, exact, lengths, terms, objective.margin_scale, ids)
-        for field, terms in (
-            ("current_margin", ("annotated", "synthetic")),
-            ("historical_margin", ("synthetic", "proto")),
-        )
-    }
+    tokens = np.array([float(len(triplet.responses[role])) for role in exact for triplet in triplets])
     return PrecisionNoise(
         iteration=rescoring.iteration,
         precision=formats,
@@ -159,8 +151,9 @@ def _noise(rescoring: Rescoring, trained: ByRole, formats: str) -> PrecisionNois
             np.concatenate([trained[role] for role in exact]), np.concatenate(list(exact.values())), tokens,
             ids * len(exact),
         ),
-        **margins,
-        without_reference=has_reference(objective.method),
+        current_margin=_margin(rescoring, trained, "annotated", "synthetic"),
+        historical_margin=_margin(rescoring, trained, "synthetic", "proto"),
+        without_reference=has_reference(rescoring.config.objective.method),
         drift=None,
         drift_share=None,
         no_drift=None,
@@ -168,15 +161,32 @@ def _noise(rescoring: Rescoring, trained: ByRole, formats: str) -> PrecisionNois
     )  # fmt: skip
 
 
+def _margin(rescoring: Rescoring, trained: ByRole, first: str, second: str) -> MarginNoise | None:
+    """The noise of scale * (log pi(first) - log pi(second)); None where a role was not computed or no pair differs.
+
+    A pair of equal responses has no margin in any precision: with many of them, the median would say nothing.
+    """
+    exact = rescoring.exact
+    if not {first, second} <= set(exact):
+        return None
+    pairs = [(triplet.responses[first], triplet.responses[second]) for triplet in rescoring.triplets]
+    apart = [index for index, (one, other) in enumerate(pairs) if list(one) != list(other)]
+    if not apart:
+        return None
+    scale = rescoring.config.objective.margin_scale
+    found, expected = (scale * (scores[first] - scores[second])[apart] for scores in (trained, exact))
+    tokens = np.array([float(len(pairs[index][0]) + len(pairs[index][1])) for index in apart])
+    return margin_noise(found, expected, tokens, [rescoring.triplets[index].id for index in apart])
+
+
 def _with_drift(noise: PrecisionNoise, rescoring: Rescoring, trained: ByRole) -> PrecisionNoise:
     try:
         drift = _drift(rescoring, trained)
     except (_NotComparable, InputError) as error:
         return noise.model_copy(update={"no_drift": str(error)})
-    margin = noise.current_margin
-    assert margin is not None, "y' was computed"
     scaled = rescoring.config.objective.margin_scale * drift.mean_absolute
-    return noise.model_copy(update={"drift": drift, "drift_share": share(scaled, margin.median_absolute)})
+    median = noise.current_margin.median_absolute if noise.current_margin else 0.0
+    return noise.model_copy(update={"drift": drift, "drift_share": share(scaled, median)})
 
 
 def _drift(rescoring: Rescoring, trained: ByRole) -> Differences:

@@ -4,17 +4,19 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rank_pool import in_layout
 from trajectory import make_config
-from triplet_files import LENGTHS, document, expected, write_triplets
+from triplet_files import FACTS, LENGTHS, document, expected, write_triplets
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.data.indexed import write_documents
+from megatron_tspin.data.paths import TRAIN, document_stem
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.objective.roles import ROLES, computed_roles
 from megatron_tspin.records import PrecisionNoise, Response
@@ -73,13 +75,16 @@ def build(tmp_path: Path, tiny_checkpoint: Any, policy: Path) -> Build:
     return config
 
 
-def write_shards(folder: Path, policy: Path) -> None:
+def write_shards(folder: Path, policy: Path, alike: int = 0) -> None:
+    """Answers of an engine; the first `alike` are y itself."""
     from megatron_tspin.storage import sha256_file, write_json
 
+    responses = [expected(i, "annotated" if i < alike else "synthetic") for i in range(len(LENGTHS))]
     answers = [
         Response(id=f"ex-{i}", response_ids=ids, token_log_probs=[ANSWER] * len(ids), ended=True, text="")
-        for i, ids in enumerate(expected(i, "synthetic") for i in range(len(LENGTHS)))
+        for i, ids in enumerate(responses)
     ]
+    write_documents(document_stem(folder.parent, TRAIN, "synthetic"), responses, 101, FACTS)
     facts = {"checkpoint_sha256": sha256_file(policy / "manifest.json"), "shard_size": SHARD_SIZE}
     write_json(folder / "settings.json", facts)
     for number in range(0, len(answers), SHARD_SIZE):
@@ -106,9 +111,9 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
         return chunks
 
     @contextmanager
-    def joined(layout: ParallelSection, *_: Any) -> Iterator[Any]:
+    def joined(layout: ParallelSection, _: int, tokens_multiple: int) -> Iterator[Any]:
         with in_layout(layout) as topology:
-            yield topology
+            yield replace(topology, row_multiple=layout.row_multiple(tokens_multiple))
 
     with (
         patch.object(stages, "distributed", joined),
@@ -309,6 +314,36 @@ def test_answers_cut_to_a_row_are_compared_as_far_as_they_go(build: Build, ranks
     assert found is not None
     drifts = [score - ANSWER * length for score, length in zip(scores, lengths, strict=True)]
     assert found.mean == pytest.approx(statistics.fmean(drifts))
+
+
+def test_fp8_is_noisier_than_bf16(build: Build, ranks: Any, policy: Path) -> None:
+    config = build()
+    run(ranks, config, policy)
+    in_bf16 = record_of(config)
+    RunFolder(Path(config.run_dir)).precision(1).unlink()
+    ranks(1).run(train, build(**{"precision.fp8": "hybrid"}), 1, policy, Path(config.run_dir) / "checkpoint_of_fp8")
+    in_fp8 = record_of(config)
+    assert in_fp8.precision.startswith("bf16 with fp32 masters, linear layers in FP8 (hybrid, tensorwise scaling)")
+    assert in_fp8.current_margin is not None and in_bf16.current_margin is not None
+    assert in_fp8.current_margin.median_absolute == pytest.approx(in_bf16.current_margin.median_absolute, rel=1e-6)
+    assert in_fp8.log_prob.per_token_rms > 2 * in_bf16.log_prob.per_token_rms
+
+
+@pytest.mark.parametrize("alike", [6, 8])
+def test_pairs_of_equal_responses_have_no_margin(alike: int, build: Build, ranks: Any, policy: Path) -> None:
+    config = build(iteration=0)
+    write_shards(RunFolder(Path(config.run_dir)).synthetic(0), policy, alike)
+    run(ranks, config, policy, 0)
+    found = record_of(config, 0)
+    assert found.log_prob.count == 16 and found.drift is not None and found.drift.count == 8
+    if alike == 8:
+        assert found.current_margin is None and found.drift_share is None
+        return
+    judged = judge(ranks, Path(config.model.hf_checkpoint), ROLES[:2])
+    sizes = [abs(0.1 * margin) for margin in judged.margins(judged.exact, 0, 1)[alike:]]
+    assert found.current_margin is not None and found.current_margin.noise.count == 2
+    assert found.current_margin.median_absolute == pytest.approx(statistics.fmean(sizes), rel=1e-5)
+    assert found.current_margin.noise.largest_id in ("ex-6", "ex-7")
 
 
 @pytest.mark.parametrize("split", ["tensor", "pipeline"])
