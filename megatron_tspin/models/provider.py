@@ -1,6 +1,7 @@
 """From an architecture and a layout to the policy of this rank."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +108,16 @@ def make_model_provider(
 
 
 def _mark_shards(policy: PolicyModel) -> None:
-    """Tells which parameters TP splits; megatron-core does it only while it initialises them.
+    """Tells which parameters TP splits; megatron-core 0.16 does it only while it initialises them, 0.19 always.
 
     Without the mark they count as replicas, and the gradient norm leaves out all TP ranks but the first.
     """
     split_dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in policy.modules():
         dimension = split_dimension.get(type(module))
-        if dimension is not None and module.weight is not None:
+        if dimension is None or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):  # to mark twice is refused
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
 
 
@@ -124,7 +127,12 @@ def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockS
     parts: Any = layer.submodules
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = CausalAttention
-    parts.mlp.submodules.activation_func = GatedSiLU
+    _submodules(parts.self_attention).core_attention = CausalAttention
+    _submodules(parts.mlp).activation_func = GatedSiLU
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _submodules(part: Any) -> Any:
+    """What a part of a layer is built from; megatron-core describes it by a ModuleSpec, the MLP since 0.17 by a partial."""
+    return part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules
