@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -200,11 +201,13 @@ def load_checkpoint(
 
     Raises:
         ArtifactError: The checkpoint is not whole; names the file, the promised and the actual value.
-        InputError: It is of another architecture, or has no optimizer that this one could continue from.
+        InputError: It is of another architecture, has no optimizer that this one could continue from, or comes from a
+            newer megatron-core.
     """
     manifest = _verify(folder, topology)
     policies = _bare(model)
     _check_architecture(folder, policies[0].architecture, manifest["facts"]["architecture"])
+    _check_format(folder, manifest["facts"]["megatron_core"])
     tensors = _model_state(policies)
     parameters = {name: leaf.data for name, leaf in tensors.items()}
     plan = None
@@ -287,4 +290,14 @@ def _check_architecture(folder: Path, architecture: Architecture, saved: dict[st
         lines = [f"{name} is {saved.get(name)} there and {ours[name]} in the model" for name in different]
         raise InputError(
             f"{folder}: a checkpoint of another architecture than {architecture.folder}: {'; '.join(lines)}"
+        )
+
+
+def _check_format(folder: Path, saved_by: str) -> None:
+    """megatron-core 0.16 loads nothing without `common.pt`, which 0.19 no longer writes but still reads."""
+    needs_common_file = "common_strategy" in signature(dist_checkpointing.load).parameters
+    if needs_common_file and not (folder / "common.pt").exists():
+        raise InputError(
+            f"{folder}: saved by megatron-core {saved_by}, which {version('megatron-core')} cannot read; install that "
+            "version or a newer one"
         )

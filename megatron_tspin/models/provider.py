@@ -134,5 +134,5 @@ def _block_spec(config: PolicyConfig, vp_stage: int | None) -> TransformerBlockS
 
 
 def _submodules(part: Any) -> Any:
-    """What a part of a layer is built from; megatron-core describes it by a ModuleSpec, the MLP since 0.17 by a partial."""
+    """What a part of a layer is built from; megatron-core describes it by a ModuleSpec, 0.19 the MLP by a partial."""
     return part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules

@@ -194,7 +194,7 @@ def flip_a_bit(path: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [remove, truncate, flip_a_bit])
-@pytest.mark.parametrize("name", ["shard", ".metadata", "common.pt"])
+@pytest.mark.parametrize("name", ["shard", ".metadata", "metadata.json"])
 def test_a_broken_checkpoint_is_refused_and_passed_over(ranks, tiny_checkpoint, checkpoints, caplog, damage, name):
     broken = checkpoints / "step_00000010"
     message = damage(shard(broken) if name == "shard" else broken / name)
@@ -268,6 +268,16 @@ def test_an_object_among_the_tensors_runs_nothing(ranks, tmp_path):
     content = pickle.dumps(Touch(tmp_path / "was_run"), protocol=2)
     (message,) = ranks(1).run(open_as_object, content)
     assert "posix.mkdir" in message and not (tmp_path / "was_run").exists()
+
+
+def test_a_checkpoint_of_a_newer_megatron_core_is_refused(ranks, tiny_checkpoint, checkpoints):
+    folder = checkpoints / "step_00000010"
+    if not (folder / "common.pt").exists():
+        pytest.skip("this megatron-core reads checkpoints without common.pt")
+    (folder / "common.pt").unlink()
+    sign_again(folder)
+    with pytest.raises(InputError, match=r"step_00000010: saved by megatron-core [\d.]+, which [\d.]+ cannot read; "):
+        ranks(1).run(load_plain, tiny_checkpoint("tied"), folder, layout())
 
 
 def test_a_manifest_names_only_files_beside_it(checkpoints, tmp_path):
