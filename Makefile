@@ -2,16 +2,25 @@
 PYTHON ?= python3
 # The tested version; the default index may serve a CUDA build of it, which works too.
 TORCH ?= torch==2.13.0
+# Another Python and megatron-core, as GPU machines have them; `make test-py312` only.
+PYTHON312 ?= python3.12
+TORCH312 ?= torch==2.11.0
 VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VENV312 := .venv312
+INSTALLED312 := $(VENV312)/.installed
+QUICK := not slow and not gpu and not te and not slurm
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-py312 test-slow lint clean
 quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
 test: $(INSTALLED) lint
-	$(RUN)/python -m pytest -m "not slow and not gpu and not te and not slurm" --durations=15
+	$(RUN)/python -m pytest -m "$(QUICK)" --durations=15
+
+test-py312: $(INSTALLED312)
+	$(VENV312)/bin/python -m pytest -m "$(QUICK)"
 
 test-slow: $(INSTALLED)
 	$(RUN)/pip install --quiet --disable-pip-version-check --requirement examples/smollm2/requirements.txt
@@ -29,5 +38,12 @@ $(INSTALLED): setup.py
 	$(RUN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+# torch of the default index brings CUDA's libraries, several GB; without them it does not even load.
+$(INSTALLED312): setup.py
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/pip install --quiet --disable-pip-version-check "$(TORCH312)"
+	$(VENV312)/bin/pip install --quiet --disable-pip-version-check "megatron-core==0.19.2" --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV312) build *.egg-info

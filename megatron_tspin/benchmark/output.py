@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_tspin.benchmark.results import SideResult, StepResult
@@ -14,13 +15,16 @@ _WIDTH = 110  # of the table, also where stdout is no terminal
 
 
 def write_result(result: StepResult, folder: Path) -> Path:
-    """Writes the JSON file and the plot beside it; returns the JSON file."""
-    from megatron_tspin.benchmark.figure import figure_page
-
+    """Writes the JSON file and, where plotly is installed, the plot beside it; returns the JSON file."""
     settings = result.settings
     stem = f"step_{Path(settings.model).name}_{settings.lengths}_{settings.max_length}{'_bf16' * settings.bf16}"
     target = folder / f"{stem}.json"
     write_json(target, as_json(result))
+    if find_spec("plotly") is None:  # as on a GPU machine that has no package index
+        _log.warning("results: %s; without a plot, as plotly is not installed", target)
+        return target
+    from megatron_tspin.benchmark.figure import figure_page
+
     write_text(folder / f"{stem}.html", figure_page(result))
     _log.info("results: %s and .html", target)
     return target

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def test_files_hold_every_repetition_and_no_path_of_the_machine(tmp_path: Path) 
 
 def side(name: str, **sums: float) -> SideResult:
     return SideResult(name, 0.0, sums=sums)
+
+
+def test_results_are_written_without_plotly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megatron_tspin.benchmark.output.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.delitem(sys.modules, "megatron_tspin.benchmark.figure", raising=False)
+    target = write_result(make_result(), tmp_path)
+    assert json.loads(target.read_text())["benchmark"] == "triplet_step"
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert "without a plot, as plotly is not installed" in caplog.text
 
 
 def test_sides_that_agree_pass() -> None:
