@@ -23,6 +23,7 @@ from typing import Any
 from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, REASON_CHARACTERS, SKIPPED, Case, Outcome, SkippedError
 
 POISONED = 75
+_GRAPHS = 128
 PACKAGE = "megatron_tspin.benchmark.gpu_report"
 
 
@@ -64,6 +65,7 @@ def run_cases(module: Any, record: Any, reduced: bool, done: int = 0) -> int:
         0, or `POISONED`.
     """
     cases: list[Case] = module.cases(reduced)
+    _allow_many_graphs()
     if done == 0:
         figures = {name: dataclasses.asdict(meaning) for name, meaning in module.FIGURES.items()}
         _write(record, {"cases": [case.name for case in cases], "figures": figures})
@@ -74,6 +76,14 @@ def run_cases(module: Any, record: Any, reduced: bool, done: int = 0) -> int:
         if not _device_is_well():
             return POISONED
     return 0
+
+
+def _allow_many_graphs() -> None:
+    """A check compiles one function for many shapes and types; past its limit torch would run it uncompiled."""
+    if "torch" in sys.modules:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = _GRAPHS
 
 
 def _write(record: Any, line: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
 from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
 from megatron_tspin.benchmark.gpu_report.formats import ENGINE_BF16, FORMATS, LOCAL_FP32
 from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
+from megatron_tspin.config import TrainingSection
 from megatron_tspin.platform import device, has_cuda
 
 _TOKENS, _IN, _OUT = 512, 1024, 4096
@@ -151,8 +152,9 @@ def _policy(reduced: bool) -> Figures:
     shape = architecture(TINY if reduced else SMOLLM2, layers=2)
     rows, _ = draw_rows(shape, triplets=2)
     found: list[tuple[Tensor, Tensor]] = []
-    for name in (ENGINE_BF16, LOCAL_FP32):
-        policy = random_policy(shape, FORMATS[name])
+    attentions: dict[str, Literal["auto", "dense"]] = {ENGINE_BF16: "auto", LOCAL_FP32: "dense"}
+    for name, attention in attentions.items():
+        policy = random_policy(shape, FORMATS[name], TrainingSection(packed_attention=attention))
         log_probs = token_log_probs(policy, rows)
         torch.autograd.backward(log_probs.sum())
         # Names of Transformer Engine's fused norms differ; without them both have the same parameters.

@@ -16,6 +16,7 @@ from megatron_tspin.config import TrainingSection
 
 _MODELS = {SMOLLM2: None, MISTRAL: 4}
 _REDUCED_MODELS = {TINY: 2}
+_IN_BOTH_FP8_TYPES = (SMOLLM2, TINY)
 _TRIPLETS, _REDUCED_TRIPLETS = 16, 2
 _WARM_UPS = 3
 """Passes that delayed scaling learns its scales from."""
@@ -39,12 +40,13 @@ FIGURES = {
 
 
 def cases(reduced: bool) -> list[Case]:
-    """Every format on every shape; e4m3 and hybrid differ in backward only, so that they should give the same."""
+    """Every format; e4m3 and hybrid differ in backward only, so that both on one shape are enough."""
     models = _REDUCED_MODELS if reduced else _MODELS
     return [
         Case(f"{name} | {shape}", partial(_compare, name, shape, layers, reduced))
         for shape, layers in models.items()
         for name in FORMATS
+        if shape in _IN_BOTH_FP8_TYPES or "hybrid" not in name
     ]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, CHECKS, Check
-from megatron_tspin.benchmark.gpu_report.runner import CheckResult, run_check
+from megatron_tspin.benchmark.gpu_report.record import CheckResult
+from megatron_tspin.benchmark.gpu_report.runner import CheckRun
 from megatron_tspin.benchmark.gpu_report.table import render
 from megatron_tspin.benchmark.machine import describe_machine
 from megatron_tspin.errors import InputError
@@ -47,7 +48,7 @@ class ReportSettings:
 def run_report(
     settings: ReportSettings, on_check: Callable[[CheckResult], None] = lambda result: None
 ) -> list[CheckResult]:
-    """Runs the checks; the files are up to date after every process.
+    """Runs the checks; the files are up to date after every case.
 
     Args:
         settings: What to run.
@@ -80,7 +81,7 @@ def run_report(
             if limit <= 0:
                 result = CheckResult(check.name, reason=_NO_TIME)
             else:
-                result = run_check(check, settings.folder / "logs", settings.reduced, limit, on_progress=save)
+                result = CheckRun(check, settings.folder / "logs", settings.reduced, limit, save).run()
             save(result)
             results.append(result)
             on_check(result)

@@ -1,154 +1,101 @@
-"""Starts the checks one after another, each in its own process with a time limit, and keeps what they measured."""
+"""Runs a check in processes of its own, within its time limits, whatever becomes of them."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import megatron_tspin
-from megatron_tspin.benchmark.gpu_report.case import FAILED, REASON_CHARACTERS, SKIPPED, Outcome, status_of
 from megatron_tspin.benchmark.gpu_report.catalogue import Check
-from megatron_tspin.benchmark.gpu_report.child import PACKAGE, POISONED
-from megatron_tspin.log import get_logger
-
-_log = get_logger(__name__)
+from megatron_tspin.benchmark.gpu_report.child import PACKAGE
+from megatron_tspin.benchmark.gpu_report.record import CheckResult, Record
 
 _POLL_SECONDS = 0.1
-_SHORTEST = 3.0  # seconds; no process starts for less
-_LAST_LINES = 400  # characters of a dead process's log that go into the reason
+_SHORTEST = 3.0  # seconds; no further process starts for less
+_LAST_CHARACTERS = 400  # of a dead process's log that go into the reason
 
 
-@dataclass
-class CheckResult:
-    """What came of a check.
-
-    Attributes:
-        name: Of the check.
-        status: See `case.status_of`.
-        seconds: Wall time, processes' start included.
-        reason: Why the check as a whole has no result.
-        figures: By name the unit and the meaning.
-        cases: Outcomes, in order.
-    """
-
-    name: str
-    status: str = SKIPPED
-    seconds: float = 0.0
-    reason: str | None = None
-    figures: dict[str, dict[str, str]] = field(default_factory=dict)
-    cases: list[Outcome] = field(default_factory=list)
-
-
-class _Record:
-    """The file that a check's processes append to, as far as it has been read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        self._read = 0
-        self.names: list[str] | None = None
-        self.figures: dict[str, dict[str, str]] = {}
-        self.outcomes: list[Outcome] = []
-        self.running: int | None = None
-
-    def update(self) -> None:
-        """Reads whole lines that are new."""
-        with self.path.open(encoding="utf-8") as stream:
-            stream.seek(self._read)
-            while (line := stream.readline()).endswith("\n"):
-                self._read = stream.tell()
-                self._take(json.loads(line))
-
-    def _take(self, line: dict[str, Any]) -> None:
-        if "cases" in line:
-            self.names, self.figures = line["cases"], line["figures"]
-        elif "started" in line:
-            self.running = line["started"]
-        else:
-            self.outcomes.append(Outcome(**line["outcome"]))
-            self.running = None
-
-    def fail_running(self, reason: str, seconds: float) -> bool:
-        """Blames the case that was running; False where none was."""
-        if self.running is None:
-            return False
-        assert self.names is not None
-        name = self.names[self.running]
-        self.outcomes.append(Outcome(name, FAILED, round(seconds, 3), reason[:REASON_CHARACTERS]))
-        self.running = None
-        return True
-
-    @property
-    def left(self) -> list[str]:
-        return [] if self.names is None else self.names[len(self.outcomes) :]
-
-
-def run_check(
-    check: Check,
-    folder: Path,
-    reduced: bool,
-    limit: float,
-    module: str | None = None,
-    on_progress: Callable[[CheckResult], None] = lambda result: None,
-) -> CheckResult:
-    """Runs a check to its end or to its limit; a case that kills its process costs no other case.
+class CheckRun:
+    """A check while it runs. A case that hangs or kills its process costs no other case.
 
     Args:
         check: The check.
         folder: For its record and its log, `<check>.jsonl` and `<check>.log`.
         reduced: The small form.
-        limit: Seconds.
-        module: Importable name, if it is not this package's.
-        on_progress: Called with the result so far after every process.
+        limit: Seconds that the check may take.
+        on_progress: Called with the result so far after every case.
+        module: Importable name of the check's module, if it is not this package's.
     """
-    started, record = time.monotonic(), _Record(folder / f"{check.name}.jsonl")
-    result = CheckResult(check.name)
-    log = folder / f"{check.name}.log"
-    log.write_text("")
-    while True:
-        time_left = limit - (time.monotonic() - started)
-        if time_left < _SHORTEST and record.names is not None:
-            result.reason = f"the limit of {limit:.0f} s was over before: {', '.join(record.left)}"
-            break
-        done = len(record.outcomes)
-        code = _run_process(module or f"{PACKAGE}.{check.name}", record, log, reduced, time_left)
-        ended_in = _how(code, limit, log)
-        blamed = record.fail_running(ended_in, time.monotonic() - started)
-        if record.names is None or (not record.left and not blamed and code not in (0, POISONED)):
-            result.reason = ended_in[:REASON_CHARACTERS]
-        _fill(result, record, time.monotonic() - started)
-        on_progress(result)
-        if record.names is None or not record.left or len(record.outcomes) == done:
-            break
-    _fill(result, record, time.monotonic() - started)
-    return result
 
+    def __init__(
+        self,
+        check: Check,
+        folder: Path,
+        reduced: bool,
+        limit: float,
+        on_progress: Callable[[CheckResult], None] = lambda result: None,
+        module: str | None = None,
+    ) -> None:
+        self._check, self._reduced, self._limit, self._on_progress = check, reduced, limit, on_progress
+        self._case_limit = check.reduced_limit if reduced else check.case_limit
+        self._module = module or f"{PACKAGE}.{check.name}"
+        self._started = time.monotonic()
+        self._record = Record(folder / f"{check.name}.jsonl")
+        self._log = folder / f"{check.name}.log"
+        self._log.write_text("")
 
-def _fill(result: CheckResult, record: _Record, seconds: float) -> None:
-    result.seconds, result.figures, result.cases = round(seconds, 1), record.figures, list(record.outcomes)
-    complete = record.names is not None and not record.left
-    result.status = status_of(result.cases) if complete and result.reason is None else FAILED
+    def run(self) -> CheckResult:
+        """Starts processes until no case is left or the limit is over."""
+        record, reason = self._record, None
+        while reason is None:
+            done = len(record.outcomes)
+            end = self._run_process()
+            record.fail_running(end)
+            if record.names is None or (record.left and len(record.outcomes) == done):
+                reason = end
+            elif not record.left:
+                break
+            elif self._time_left < _SHORTEST:
+                reason = f"the limit of {self._limit:.0f} s was over before: {', '.join(record.left)}"
+        return record.result(self._check.name, time.monotonic() - self._started, reason)
 
+    @property
+    def _time_left(self) -> float:
+        return self._limit - (time.monotonic() - self._started)
 
-def _run_process(module: str, record: _Record, log: Path, reduced: bool, limit: float) -> int | None:
-    """Runs the cases that are left; the exit code, or None where the limit was over first."""
-    command = [sys.executable, "-m", f"{PACKAGE}.child", module, str(record.path), "--done", str(len(record.outcomes))]
-    command += ["--reduced"] * reduced
-    deadline = time.monotonic() + limit
-    with log.open("a") as stream, _process(command, stream, reduced) as process:
-        while process.poll() is None and time.monotonic() < deadline:
+    def _run_process(self) -> str:
+        """Runs the cases that are left until one hangs; returns how the process ended."""
+        done = str(len(self._record.outcomes))
+        command = [sys.executable, "-m", f"{PACKAGE}.child", self._module, str(self._record.path), "--done", done]
+        with (
+            self._log.open("a") as log,
+            _process([*command, *["--reduced"] * self._reduced], log, self._reduced) as process,
+        ):
+            code = self._watch(process)
+        self._record.update()
+        return code if isinstance(code, str) else self._obituary(code)
+
+    def _watch(self, process: "subprocess.Popen[bytes]") -> int | str:
+        """Waits; the exit code, or which limit was over first."""
+        while (code := process.poll()) is None:
             time.sleep(_POLL_SECONDS)
-        code = process.poll()
-    record.update()
-    return code
+            if self._record.update():
+                self._on_progress(self._record.result(self._check.name, time.monotonic() - self._started, None))
+            if self._time_left <= 0:
+                return f"not done within the check's limit of {self._limit:.0f} s"
+            if self._record.running_for > self._case_limit:
+                return f"not done within a case's limit of {self._case_limit:.0f} s"
+        return code
+
+    def _obituary(self, code: int) -> str:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        tail = self._log.read_text(errors="replace").strip()[-_LAST_CHARACTERS:]
+        return f"the process died ({how}); the end of its log: {tail}"
 
 
 @contextmanager
@@ -165,19 +112,8 @@ def _process(command: Sequence[str], log: Any, reduced: bool) -> Iterator["subpr
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
-
-
-def _how(code: int | None, limit: float, log: Path) -> str:
-    """How a process ended that did not finish its cases."""
-    if code is None:
-        return f"not done within the check's limit of {limit:.0f} s"
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    tail = log.read_text(errors="replace").strip()[-_LAST_LINES:]
-    return f"the process died ({how}); the end of its log: {tail}"

@@ -10,7 +10,7 @@ import torch
 from megatron_tspin.benchmark.gpu_report import rates
 from megatron_tspin.benchmark.gpu_report.case import Case, Figures
 from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
-from megatron_tspin.benchmark.gpu_report.formats import FORMATS, TRAINED
+from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16, TRAINED
 from megatron_tspin.benchmark.gpu_report.policies import (
     MISTRAL,
     TINY,
@@ -80,12 +80,13 @@ Batch = list[Shape]
 def cases(reduced: bool) -> list[Case]:
     """Each format, then transformers, at each most length."""
     sizes = _REDUCED if reduced else _FULL
-    runs = {name: partial(_own, name, sizes) for name in TRAINED}
+    own = {name: partial(_own, name, sizes) for name in TRAINED}
     peers = {name: partial(_transformers, *how, sizes) for name, how in _TRANSFORMERS.items()}
+    runs = {LOCAL_BF16: own[LOCAL_BF16], **peers, **own}  # what matters most comes before time is up
     return [
         Case(f"{name} | up to {length} tokens", partial(run, length))
         for length in sizes.lengths
-        for name, run in {**runs, **peers}.items()
+        for name, run in runs.items()
     ]
 
 
@@ -206,7 +207,7 @@ def _transformers_once(micro_batch_size: int, checkpointing: bool, length: int, 
         _settings(length, sizes), tokens, micro_batch_size, checkpointing, transformers_model(shape).train()
     )
     memory = PeakMemory()
-    timing = measure(side.forward_backward, sizes.seconds, prepare=side.zero_gradients)
+    timing = measure(side.forward_backward, sizes.seconds, prepare=side.zero_gradients, warm_ups=0)
     return _figures(timing, memory, length, sizes)
 
 

@@ -39,7 +39,7 @@ MEANINGS = {
     "milliseconds": Meaning("ms", "median over the repeats, by CUDA events (on a CPU by the clock)"),
     "low": Meaning("ms", "least of the repeats"),
     "high": Meaning("ms", "most of the repeats"),
-    "repeats": Meaning("", "timed runs, after the first and a warm-up"),
+    "repeats": Meaning("", "timed runs, after the first and mostly one more"),
     "first_seconds": Meaning("s", "wall time of the first run, compilation included; in no other figure"),
 }
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, SKIPPED, Outcome
 from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, Check
-from megatron_tspin.benchmark.gpu_report.runner import CheckResult
+from megatron_tspin.benchmark.gpu_report.record import CheckResult
 
-WIDTH = 118
+WIDTH = 132
 _REASON = 150
 _ABSENT = "-"
 _HEADINGS = {
@@ -41,7 +41,7 @@ def render(results: Sequence[CheckResult], head: dict[str, Any]) -> str:
 def _block(result: CheckResult, check: Check) -> list[str]:
     cases = {status: sum(case.status == status for case in result.cases) for status in (OK, FAILED, SKIPPED)}
     counts = ", ".join(f"{count} {status}" for status, count in cases.items() if count)
-    lines = [f"== {check.name}: {result.status}, {result.seconds:.0f} s ({counts or 'no case'}). {check.title}"[:WIDTH]]
+    lines = [f"== {check.name}: {result.status}, {result.seconds:.0f} s ({counts or 'no case'}). {check.title}"]
     good = [case for case in result.cases if case.status == OK]
     texts = [case for case in good if not _has_column(case, check.columns)]
     for case in texts:
@@ -113,7 +113,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
                 *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
             ]
             line = " ".join(cells)
-        lines.append(line.rstrip()[:WIDTH])
+        lines.append(line.rstrip())
     return lines
 
 
@@ -131,7 +131,7 @@ def _number(value: float | str | None) -> str:
     if value == 0:
         return "0"
     if magnitude < 1e-2 or magnitude >= 1e6:
-        return f"{value:.1e}"
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.0f}" if magnitude >= 1000 else f"{value:.3g}"
 
 
