@@ -152,11 +152,11 @@ class TrainingSection(Section):
         "--tspin-over-capacity",
         "What to do with a triplet that is longer than a packed row: stop, or cut its longest responses.",
     )
-    packed_attention: Literal["auto", "segments", "flex", "dense"] = setting(
+    packed_attention: Literal["auto", "segments", "flex", "thd", "dense"] = setting(
         "auto",
         "--tspin-packed-attention",
-        "Attention over packed rows: segments (CPU), flex (FlexAttention on CUDA), dense (a full mask, the "
-        "reference); auto takes the device's own.",
+        "Attention over packed rows: segments (CPU), flex (FlexAttention on CUDA), thd (Transformer Engine's, where "
+        "prompts are not shared), dense (a full mask, the reference); auto takes the device's own.",
     )
     data_order: Literal["balanced", "shuffled"] = setting(
         "balanced",

@@ -85,7 +85,7 @@ def _answer_cuda_with_cpu() -> None:
         _replace(module, "manual_seed", lambda seed: torch.manual_seed(seed))
     _replace(torch.cuda, "current_device", lambda: "cpu")
     # A function of its own for each name: torch.compile's tables refuse one object under two names.
-    for name in ("set_device", "synchronize", "empty_cache"):
+    for name in ("set_device", "synchronize", "empty_cache", "current_stream"):
         _replace(torch.cuda, name, lambda *_, **__: None)
 
 

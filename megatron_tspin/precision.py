@@ -92,7 +92,7 @@ def check_machine(precision: PrecisionSection) -> None:
         InputError: Names the setting, what is missing and what to set instead.
     """
     if uses_engine(precision):
-        _check_engine()
+        check_engine("precision.transformer_impl = transformer_engine", "--transformer-impl local")
     if precision.fp8 is None or not has_cuda():
         return
     capability = torch.cuda.get_device_capability()
@@ -105,16 +105,17 @@ def check_machine(precision: PrecisionSection) -> None:
         )
 
 
-def _check_engine() -> None:
+def check_engine(setting: str, instead: str) -> None:
+    """Refuses a setting that needs Transformer Engine where that cannot run.
+
+    Raises:
+        InputError: There is no CUDA device, or Transformer Engine is not installed.
+    """
     if not has_cuda():
-        raise InputError(
-            "precision.transformer_impl = transformer_engine needs a CUDA device, and there is none here; "
-            "take --transformer-impl local"
-        )
+        raise InputError(f"{setting} needs a CUDA device, and there is none here; take {instead}")
     if find_spec("transformer_engine") is None:
         raise InputError(
-            "precision.transformer_impl = transformer_engine: Transformer Engine is not installed; install "
-            "`megatron_tspin[te]`, or take --transformer-impl local"
+            f"{setting}: Transformer Engine is not installed; install `megatron_tspin[te]`, or take {instead}"
         )
 
 

@@ -22,6 +22,7 @@ from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import track
+from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
@@ -52,6 +53,7 @@ def load_hf(model: PolicyModel, topology: Topology) -> None:
     found = list(_local_weights(model, topology))
     for weight, parameter in track(found, "read HF weights", len(found), "tensor", topology.speaks):
         _fill(parameter, weight, source, model.architecture, topology)
+    weights_changed(model)
 
 
 def _fill(parameter: Tensor, weight: Weight, source: HFFolder, architecture: Architecture, topology: Topology) -> None:

@@ -41,11 +41,36 @@ def sharded_state(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]
     return _named(tree, _has_masters(optimizer))
 
 
+def master_weights(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """megatron-core's sharded fp32 masters under the names of their parameters; none where parameters are fp32."""
+    return _as_weights(sharded_state(optimizer, model_state))
+
+
 class LoadingPlan:
     """Loads an optimizer in three steps: name what is wanted, let megatron-core read it, put it in place."""
 
-    def __init__(self, folder: Path, optimizer: Any, model_state: dict[str, Any], facts: dict[str, Any] | None) -> None:
-        """Takes the manifest's facts about the saved optimizer.
+    def __init__(self, optimizer: Any, model_state: dict[str, Any], step: int, from_weights: bool) -> None:
+        """Says what is wanted.
+
+        Args:
+            optimizer: megatron-core's.
+            model_state: The model's own sharded tensors.
+            step: Steps that the optimizer has made.
+            from_weights: Only the masters, from the weights of a checkpoint; the rest of the state becomes zero.
+        """
+        _initialise(optimizer)
+        self._optimizer = optimizer
+        self._step = step
+        self._tree = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
+        self._from_weights = from_weights
+        named = _named(self._tree, _has_masters(optimizer))
+        self.wanted = _as_weights(named) if from_weights else named
+
+    @classmethod
+    def to_continue(
+        cls, folder: Path, optimizer: Any, model_state: dict[str, Any], facts: dict[str, Any] | None
+    ) -> "LoadingPlan":
+        """To go on where the saved optimizer stopped, of which the manifest has `facts`.
 
         Raises:
             InputError: The checkpoint has no optimizer, or one of another precision.
@@ -57,11 +82,7 @@ class LoadingPlan:
             raise InputError(
                 f"{folder}: the optimizer was saved in {saved} and cannot continue in {ours}; keep --bf16 as it was"
             )
-        _initialise(optimizer)
-        self._optimizer = optimizer
-        self._facts = facts
-        self._tree = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
-        self.wanted = _named(self._tree, facts["master_weights"])
+        return cls(optimizer, model_state, facts["step"], from_weights=False)
 
     def finish(self, loaded: dict[str, Any], parameters: dict[str, torch.Tensor]) -> None:
         """Puts the loaded tensors into the optimizer.
@@ -75,17 +96,21 @@ class LoadingPlan:
             if not _is_sharded(leaf):
                 return getattr(leaf, "unwrap", lambda: leaf)()
             name = _name(leaf.key)
-            return loaded[name] if name in loaded else parameters[name.removeprefix(_MASTER)]
+            if name in loaded:
+                return loaded[name]
+            if self._from_weights:
+                return torch.zeros_like(leaf.data)
+            return parameters[name.removeprefix(_MASTER)]
 
         tree = _map(self._tree, value)
         of_shards = tree.pop("param_state", None)
         inner = tree.get("optimizer", tree)
         if "state" in inner:  # torch refuses states without a step
-            inner["state"]["common_step"] = torch.tensor(float(self._facts["step"]))
+            inner["state"]["common_step"] = torch.tensor(float(self._step))
         self._optimizer.load_state_dict(tree)
         if of_shards is not None:
             _load_shards(self._optimizer, of_shards)
-        _set_step(self._optimizer, self._facts["step"])
+        _set_step(self._optimizer, self._step)
 
 
 def _initialise(optimizer: Any) -> None:
@@ -155,6 +180,16 @@ def _named(tree: Any, with_masters: bool) -> dict[str, Any]:
         return leaf
 
     _map(tree, take)
+    return found
+
+
+def _as_weights(named: dict[str, Any]) -> dict[str, Any]:
+    """The masters among an optimizer's tensors, renamed to the parameters that they are."""
+    found = {}
+    for name, leaf in named.items():
+        if name.startswith(_MASTER):
+            leaf.key = name.removeprefix(_MASTER)
+            found[leaf.key] = leaf
     return found
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tspin.checkpoint.fp8_state import delayed_scaling_state, history_length, restore
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
 from megatron_tspin.checkpoint.manifest import (
     check_files,
@@ -29,17 +31,24 @@ from megatron_tspin.checkpoint.manifest import (
     verify_checkpoint,
     write_manifest,
 )
-from megatron_tspin.checkpoint.optimizer_state import METADATA, LoadingPlan, describe_optimizer, sharded_state
+from megatron_tspin.checkpoint.optimizer_state import (
+    METADATA,
+    LoadingPlan,
+    describe_optimizer,
+    master_weights,
+    sharded_state,
+)
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
+from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
-from megatron_tspin.precision import check_machine
+from megatron_tspin.precision import check_engine, check_machine
 from megatron_tspin.storage import fsync_path
 
 __all__ = [
@@ -48,6 +57,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_chunks",
+    "load_masters",
     "load_policy",
     "save_checkpoint",
     "verify_checkpoint",
@@ -81,6 +91,8 @@ def build_chunks(
     architecture.check_layout(parallel)
     architecture.check_precision(parallel, precision)
     check_machine(precision)
+    if training.packed_attention == "thd":
+        check_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
     provide = make_model_provider(architecture, parallel, training, precision)
     last = topology.num_virtual_stages - 1
     chunks = [
@@ -130,6 +142,7 @@ def save_checkpoint(
     topology: Topology,
     optimizer: Any = None,
     state: Mapping[str, Any] | None = None,
+    masters: Any = None,
 ) -> None:
     """Saves the policy, all ranks together. The folder appears whole; one of that name is replaced.
 
@@ -139,16 +152,21 @@ def save_checkpoint(
         topology: This rank's place.
         optimizer: megatron-core's optimizer of the model, to continue from; None leaves it out.
         state: Small and JSON-able; `load_checkpoint` gives it back.
+        masters: An optimizer whose fp32 master weights, if it has some, are saved in place of the parameters.
 
     Raises:
         StageError: A rank could not write, e.g. to a full disk; what was there before is untouched.
     """
     policies = _bare(model)
     tensors = _model_state(policies)
-    facts = _facts(policies[0], topology)
+    facts = _facts(policies, topology)
+    if masters is not None:
+        tensors |= master_weights(masters, tensors)
+        facts["dtype"] = "float32"
     if optimizer is not None:
         facts["optimizer"] = describe_optimizer(optimizer)
         tensors = tensors | sharded_state(optimizer, tensors)
+    tensors |= delayed_scaling_state(policies, topology)
     temporary = folder.with_name(folder.name + ".partial")
     if topology.rank == 0:
         _make_empty(temporary)
@@ -214,31 +232,58 @@ def load_checkpoint(
 
     Raises:
         ArtifactError: The checkpoint is not whole; names the file, the promised and the actual value.
-        InputError: It is of another architecture, or has no optimizer that this one could continue from.
+        InputError: It is of another architecture, has no optimizer that this one could continue from, or comes from a
+            newer megatron-core.
     """
     manifest = _verify(folder, topology)
     policies = _bare(model)
     _check_architecture(folder, policies[0].architecture, manifest["facts"]["architecture"])
+    _check_format(folder, manifest["facts"]["megatron_core"])
     tensors = _model_state(policies)
     parameters = {name: leaf.data for name, leaf in tensors.items()}
     plan = None
     wanted = dict(tensors)
     if optimizer is not None:
-        plan = LoadingPlan(folder, optimizer, tensors, manifest["facts"]["optimizer"])
+        plan = LoadingPlan.to_continue(folder, optimizer, tensors, manifest["facts"]["optimizer"])
         wanted |= plan.wanted
-    check_pickles(folder)
-    try:
-        with restricted_metadata():
-            loaded = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
-        # torch's CheckpointException is no Exception: it would pass every other handler.
-        raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
+    scaling = {}
+    if history_length(policies) is not None and manifest["facts"].get("delayed_scaling") == history_length(policies):
+        scaling = delayed_scaling_state(policies, topology)
+        wanted |= scaling
+    loaded = _load(folder, wanted)
+    restore(scaling, loaded)
     for name, parameter in parameters.items():
         parameter.copy_(loaded[name])
+    for policy in policies:
+        weights_changed(policy)
     if plan is not None:
         plan.finish(loaded, parameters)
     state: dict[str, Any] = manifest["state"]
     return state
+
+
+@torch.no_grad()
+def load_masters(folder: Path, model: torch.nn.Module | Sequence[torch.nn.Module], optimizer: Any) -> None:
+    """Gives a fresh optimizer the weights of a checkpoint, which may be finer than the loaded parameters, as masters.
+
+    Args:
+        folder: The checkpoint that the model was loaded from.
+        model: As for `save_checkpoint`.
+        optimizer: megatron-core's, for bf16 parameters.
+    """
+    plan = LoadingPlan(optimizer, _model_state(_bare(model)), step=0, from_weights=True)
+    plan.finish(_load(folder, plan.wanted), parameters={})
+
+
+def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    check_pickles(folder)
+    try:
+        with restricted_metadata():
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, UnpicklingError) as error:
+        # torch's CheckpointException is no Exception: it would pass every other handler.
+        raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
+    return loaded
 
 
 def _verify(folder: Path, topology: Topology) -> dict[str, Any]:
@@ -276,7 +321,8 @@ def _model_state(policies: Sequence[PolicyModel]) -> dict[str, Any]:
     return {leaf.key: leaf for tree in trees for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
 
 
-def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
+def _facts(policies: Sequence[PolicyModel], topology: Topology) -> dict[str, Any]:
+    policy = policies[0]
     return {
         "layout": {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size, "cp": topology.cp_size},
         "megatron_core": version("megatron-core"),
@@ -284,6 +330,7 @@ def _facts(policy: PolicyModel, topology: Topology) -> dict[str, Any]:
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "architecture": _summary(policy.architecture),
         "optimizer": None,
+        "delayed_scaling": history_length(policies),
     }
 
 
@@ -301,4 +348,14 @@ def _check_architecture(folder: Path, architecture: Architecture, saved: dict[st
         lines = [f"{name} is {saved.get(name)} there and {ours[name]} in the model" for name in different]
         raise InputError(
             f"{folder}: a checkpoint of another architecture than {architecture.folder}: {'; '.join(lines)}"
+        )
+
+
+def _check_format(folder: Path, saved_by: str) -> None:
+    """megatron-core 0.16 loads nothing without `common.pt`, which 0.19 no longer writes but still reads."""
+    needs_common_file = "common_strategy" in signature(dist_checkpointing.load).parameters
+    if needs_common_file and not (folder / "common.pt").exists():
+        raise InputError(
+            f"{folder}: saved by megatron-core {saved_by}, which {version('megatron-core')} cannot read; install that "
+            "version or a newer one"
         )

@@ -7,21 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class GatedSiLU:
+class GatedSiLU(torch.nn.Module):
     """silu(gate) * up, for [..., 2 f] holding gate and up side by side; returns [..., f].
 
     megatron-core writes it as a chain of operations, of which autograd keeps the intermediates and joins two gradients
-    by a copy. This one keeps its input alone. No torch module: megatron-core's MLP asks each of its modules for sharded
-    weights.
+    by a copy. This one keeps its input alone. megatron-core 0.19 takes only torch modules for an activation.
     """
 
     def __init__(self, config: Any = None) -> None:
         """Takes what megatron-core builds an activation with."""
+        super().__init__()
 
-    def __call__(self, gate_and_up: Tensor) -> Tensor:
+    def forward(self, gate_and_up: Tensor) -> Tensor:
         """Activates."""
         out: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]  # torch's
         return out
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """No weights; megatron-core 0.16's MLP asks each of its modules for them, and torch's own cannot answer."""
+        return {}
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.attention import CausalAttention, RMSNorm
+from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_tspin.models.gated_activation import GatedSiLU
 from megatron_tspin.precision import in_fp8, uses_engine
 
@@ -36,7 +37,9 @@ def local_layer(fp8: bool) -> ModuleSpec:
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
     if fp8:
-        raise NotImplementedError
+        attention = parts.self_attention.submodules
+        attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+        mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
     return layer
 
 
@@ -56,7 +59,7 @@ def _with_our_attention(spec: ModuleSpec) -> tuple[ModuleSpec, Any, Any]:
     """A copy with our attention and activation; also its parts, and those of its MLP."""
     layer = copy.deepcopy(spec)
     parts: Any = layer.submodules
-    # Up to megatron-core 0.16 the MLP is a spec; in 0.19 a class with its parts bound.
+    # A spec as well in megatron-core 0.16, a partial in 0.19.
     mlp: Any = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
     parts.self_attention.submodules.core_attention = CausalAttention
     mlp.activation_func = GatedSiLU

@@ -2,6 +2,7 @@
 
 segments  the blocks of `RowLayout.blocks` one by one with torch's CPU flash kernel, joined by their log-sum-exp
 flex      torch's FlexAttention with a block mask that the layers share (CUDA)
+thd       Transformer Engine's attention, for rows whose prompts are not shared (CUDA); shared ones go to flex
 dense     one SDPA with a mask of [queries, keys]: readable, the reference for the others
 """
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tspin.models.engine_attention import fits, thd_attention
 from megatron_tspin.models.row_layout import AttentionBlock, RowLayout
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, float, int | None], Tensor]
@@ -20,11 +22,20 @@ PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, float, int | None
 and the sliding window; returns [s, heads, d]."""
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """The backend that "auto" means on this device, or the one named."""
+def choose_backend(name: str, device: torch.device, engine: bool = False, share_prompts: bool = True) -> str:
+    """The backend that "auto" means, or the one named.
+
+    Args:
+        name: As configured.
+        device: Where it has to run.
+        engine: Whether the layers are Transformer Engine's.
+        share_prompts: Whether responses share their prompt.
+    """
     if name != "auto":
         return name
-    return "flex" if device.type == "cuda" else "segments"
+    if device.type != "cuda":
+        return "segments"
+    return "thd" if engine and not share_prompts else "flex"
 
 
 def dense_attention(
@@ -163,8 +174,17 @@ def _by_group(tensor: Tensor, groups: int) -> Tensor:
     return tensor.view(length, groups, heads // groups, size).permute(1, 2, 0, 3)
 
 
+def engine_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
+) -> Tensor:
+    """Transformer Engine's attention; rows that it cannot express (a scored prompt with two responses) go to `flex`."""
+    attend = thd_attention if fits(layout) else flex_attention
+    return attend(query, key, value, layout, scale, window)
+
+
 BACKENDS: dict[str, PackedAttention] = {
     "segments": segment_attention,
     "flex": flex_attention,
+    "thd": engine_attention,
     "dense": dense_attention,
 }

@@ -18,7 +18,7 @@ from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.platform import device
-from megatron_tspin.precision import TorchFp8, core_fields, torch_fp8
+from megatron_tspin.precision import TorchFp8, core_fields, torch_fp8, uses_engine
 
 ModelProvider = Callable[..., PolicyModel]
 
@@ -52,7 +52,9 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
         sliding_window_keys=architecture.sliding_window,
-        packed_attention=choose_backend(training.packed_attention, device()),
+        packed_attention=choose_backend(
+            training.packed_attention, device(), uses_engine(precision), training.share_prompts
+        ),
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
@@ -102,18 +104,32 @@ def make_model_provider(
             vp_stage=vp_stage,
         )
         _mark_shards(policy)
+        _sum_gradients_in_fp32(policy)
         return policy
 
     return model_provider
 
 
 def _mark_shards(policy: PolicyModel) -> None:
-    """Tells which parameters TP splits; megatron-core does it only while it initialises them.
+    """Tells which parameters TP splits; megatron-core 0.16 does it only while it initialises them, 0.19 always.
 
     Without the mark they count as replicas, and the gradient norm leaves out all TP ranks but the first.
     """
     split_dimension = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in policy.modules():
         dimension = next((split for kind, split in split_dimension.items() if isinstance(module, kind)), None)
-        if dimension is not None and module.weight is not None:
+        if dimension is None or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):  # to mark twice is refused
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)
+
+
+def _sum_gradients_in_fp32(policy: PolicyModel) -> None:
+    """Lets Transformer Engine's linears add their weight gradients to megatron-core's fp32 buffer themselves.
+
+    Otherwise each micro-batch's gradient is rounded to bf16 first. megatron-core's own switch for it
+    (`gradient_accumulation_fusion`) would ask for apex in the other linears.
+    """
+    for module in policy.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True

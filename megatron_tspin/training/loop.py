@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_tspin.config import Config
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.log import get_logger, progress_bar
+from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.row_layout import ContextShare
@@ -80,6 +81,8 @@ class Trainer:
         teaches = totals["teaching"] > 0
         if teaches:
             update(self.optimizer, norm, rate, self.config.optimizer.clip_grad)
+            for chunk in self.chunks:
+                weights_changed(chunk.module)
         self.done += 1
         return step_metrics(
             sums,

@@ -10,6 +10,7 @@ from megatron_tspin.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
     load_chunks,
+    load_masters,
     load_policy,
     save_checkpoint,
 )
@@ -24,7 +25,7 @@ from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
-from megatron_tspin.precision import describe
+from megatron_tspin.precision import describe, uses_engine
 from megatron_tspin.records import ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, write_text
@@ -65,6 +66,8 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         if resumed is not None:
             trainer.done = _resume(trainer, resumed)
+        elif config.precision.bf16:
+            load_masters(start, trainer.chunks, trainer.optimizer)
         _train(trainer, source, checkpoints, folder)
 
 
@@ -73,7 +76,9 @@ def _log_rows(config: Config) -> None:
     if packing is None:
         _log.info("rows: padded, one a response")
         return
-    backend = choose_backend(config.training.packed_attention, device())
+    backend = choose_backend(
+        config.training.packed_attention, device(), uses_engine(config.precision), packing.share_prompts
+    )
     shared = "shared" if packing.share_prompts else "not shared"
     _log.info("rows: packed up to %d tokens, prompts %s, attention by %s", packing.capacity, shared, backend)
 
@@ -112,6 +117,7 @@ def _train(trainer: Trainer, source: TripletSource, checkpoints: Path, folder: R
 def save_step(trainer: Trainer, checkpoints: Path) -> None:
     """Saves the policy; inside the iteration the optimizer too, which starts afresh in the next iteration.
 
+    The iteration's last checkpoint has the fp32 master weights as its weights, for the next one to start from.
     Older checkpoints of the iteration go once the iteration's last one is whole.
     """
     finished = trainer.done == trainer.num_steps
@@ -120,6 +126,7 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         trainer.whole_policy(),
         trainer.topology,
         optimizer=None if finished else trainer.optimizer,
+        masters=trainer.optimizer if finished and trainer.config.precision.bf16 else None,
         state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
     )
     if finished and trainer.topology.speaks:

@@ -84,7 +84,7 @@ def test_a_run_converts_once_per_source_and_again_if_the_result_broke(ranks, tin
     assert convert() == 1 and convert() == 1
     shutil.copy(tiny_checkpoint("tied") / "tokenizer.json", source)  # no part of the weights
     assert convert() == 1
-    (manifest.parent / "common.pt").write_bytes(b"broken")
+    (manifest.parent / ".metadata").write_bytes(b"broken")
     assert convert() == 2
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))

@@ -104,6 +104,75 @@ def load_and_train(hf: Path, folder: Path, parallel: ParallelSection, bf16: bool
         return state, whole_parameters(model, topology, hf, scratch)
 
 
+def finish_iteration(hf: Path, folder: Path, parallel: ParallelSection) -> Any:
+    """Two steps in bf16, then what an iteration ends with; this rank's masters by parameter."""
+    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.store import save_checkpoint
+
+    with in_layout(parallel) as topology:
+        model = build(hf, parallel, topology, bf16=True)
+        load_hf(model, topology)
+        wrapped, optimizer = wrap(model, parallel, bf16=True)
+        for number in (1, 2):
+            step(wrapped, optimizer, number)
+        save_checkpoint(folder, wrapped, topology, masters=optimizer)
+
+
+def start_iteration(hf: Path, folder: Path, parallel: ParallelSection) -> Any:
+    """Whether parameters and masters of a new optimizer are those of the checkpoint, and its largest moment."""
+    import torch
+
+    from megatron_tspin.checkpoint.store import load_checkpoint, load_masters
+
+    with in_layout(parallel) as topology:
+        exact = build(hf, parallel, topology)
+        load_checkpoint(folder, exact, topology)
+        model = build(hf, parallel, topology, bf16=True)
+        load_checkpoint(folder, model, topology)
+        wrapped, optimizer = wrap(model, parallel, bf16=True)
+        load_masters(folder, wrapped, optimizer)
+        rounded = [
+            torch.equal(ours, wanted.bfloat16())
+            for ours, wanted in zip(model.parameters(), exact.parameters(), strict=True)
+        ]
+        finer = any(not torch.equal(p, p.bfloat16().float()) for p in exact.parameters())
+        (part,) = optimizer.chained_optimizers
+        moments = [s["exp_avg_sq"].abs().max().item() for s in part.optimizer.state.values() if s["exp_avg_sq"].numel()]
+        masters = {
+            name: (ours.main_param, wanted.detach().flatten())
+            for (name, ours), wanted in zip(model.named_parameters(), exact.parameters(), strict=True)
+            if getattr(ours, "main_param", None) is not None
+        }
+        same = {
+            name: torch.isin(master.flatten(), wanted).all().item() if parallel.use_distributed_optimizer
+            else torch.equal(master.flatten(), wanted)
+            for name, (master, wanted) in masters.items()
+        }  # fmt: skip
+        step(wrapped, optimizer, 3)
+        return all(rounded), finer, max(moments), same
+
+
+ITERATIONS = [
+    (layout(), layout(tp=2)),
+    (layout(tp=2), layout()),
+    (layout(dp=2, distributed_optimizer=True), layout(pp=2)),
+    (layout(pp=2), layout(dp=2, distributed_optimizer=True)),
+]
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(("saving", "loading"), ITERATIONS, ids=range(len(ITERATIONS)))
+def test_master_weights_pass_from_iteration_to_iteration(ranks, tiny_checkpoint, tmp_path, saving, loading, kind):
+    hf, folder = tiny_checkpoint(kind), tmp_path / "step_00000002"
+    ranks(saving.world_size).run(finish_iteration, hf, folder, saving)
+    assert json.loads((folder / "manifest.json").read_text())["facts"]["dtype"] == "float32"
+    for rounded, finer, moments, same in ranks(loading.world_size).run(start_iteration, hf, folder, loading):
+        assert rounded, "parameters are the masters rounded to bf16"
+        assert finer, "otherwise nothing is tested"
+        assert same and all(same.values()), same
+        assert moments == 0.0
+
+
 LAYOUTS = [
     (layout(), layout(tp=2), False),
     (layout(tp=2), layout(pp=2), False),
@@ -195,7 +264,7 @@ def flip_a_bit(path: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [remove, truncate, flip_a_bit])
-@pytest.mark.parametrize("name", ["shard", ".metadata", "common.pt"])
+@pytest.mark.parametrize("name", ["shard", ".metadata", "metadata.json"])
 def test_a_broken_checkpoint_is_refused_and_passed_over(ranks, tiny_checkpoint, checkpoints, caplog, damage, name):
     broken = checkpoints / "step_00000010"
     message = damage(shard(broken) if name == "shard" else broken / name)
@@ -269,6 +338,16 @@ def test_an_object_among_the_tensors_runs_nothing(ranks, tmp_path):
     content = pickle.dumps(Touch(tmp_path / "was_run"), protocol=2)
     (message,) = ranks(1).run(open_as_object, content)
     assert "posix.mkdir" in message and not (tmp_path / "was_run").exists()
+
+
+def test_a_checkpoint_of_a_newer_megatron_core_is_refused(ranks, tiny_checkpoint, checkpoints):
+    folder = checkpoints / "step_00000010"
+    if not (folder / "common.pt").exists():
+        pytest.skip("this megatron-core reads checkpoints without common.pt")
+    (folder / "common.pt").unlink()
+    sign_again(folder)
+    with pytest.raises(InputError, match=r"step_00000010: saved by megatron-core [\d.]+, which [\d.]+ cannot read; "):
+        ranks(1).run(load_plain, tiny_checkpoint("tied"), folder, layout())
 
 
 def test_a_manifest_names_only_files_beside_it(checkpoints, tmp_path):

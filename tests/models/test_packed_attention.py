@@ -155,6 +155,9 @@ def test_each_device_has_its_backend() -> None:
     assert choose_backend("auto", torch.device("cpu")) == "segments"
     assert choose_backend("auto", torch.device("cuda")) == "flex"
     assert choose_backend("dense", torch.device("cuda")) == "dense"
+    assert choose_backend("auto", torch.device("cuda"), engine=True, share_prompts=False) == "thd"
+    assert choose_backend("auto", torch.device("cuda"), engine=True) == "flex"
+    assert choose_backend("auto", torch.device("cpu"), engine=True, share_prompts=False) == "segments"
 
 
 @pytest.mark.gpu

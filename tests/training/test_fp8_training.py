@@ -1,0 +1,114 @@
+"""Training in FP8 by torch: every layout is as near to fp32 as one rank, and a restart changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_pool import in_layout
+from trajectory import gradients, make_config, plain_gradients, train, weights
+
+RECIPES = {"tensorwise": {}, "rowwise": {"precision.fp8_recipe": "rowwise"}, "e4m3": {"precision.fp8": "e4m3"}}
+TP2 = {"parallel.tensor_model_parallel_size": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": TP2,
+    "tp2_sp": {**TP2, "parallel.sequence_parallel": True},
+    "pp2": {"parallel.pipeline_model_parallel_size": 2},
+    "cp2": {"parallel.context_parallel_size": 2},
+    "recompute": {"training.recompute_granularity": "full"},
+    "padded": {"training.layout": "padded"},
+}
+
+
+def in_fp8(hf: Path, recipe: str, **settings: Any) -> Any:
+    return make_config(hf, **{"precision.bf16": True, "precision.fp8": "hybrid", **RECIPES[recipe], **settings})
+
+
+def errors(config: Any, ranks: Any, scratch: Path) -> tuple[float, float]:
+    """Relative distance to fp32 of all log-probs and of the whole gradient."""
+    import torch
+
+    log_probs = ranks(config.parallel.world_size).run(gradients, config, scratch)
+    expected, expected_gradients = plain_gradients(config)
+    assert all(each == log_probs[0] for each in log_probs)
+    found = weights(scratch)
+    ours, theirs = torch.tensor(log_probs[0]), torch.tensor(expected)
+    names = sorted(expected_gradients)
+    ours_grad, theirs_grad = (
+        torch.cat([each[n].float().flatten() for n in names]) for each in (found, expected_gradients)
+    )
+    return (
+        ((ours - theirs).norm() / theirs.norm()).item(),
+        ((ours_grad - theirs_grad).norm() / theirs_grad.norm()).item(),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Any, tiny_checkpoint: Any, tmp_path_factory: Any) -> Any:
+    """Errors of one rank by recipe, computed once."""
+    known: dict[str, tuple[float, float]] = {}
+
+    def get(recipe: str) -> tuple[float, float]:
+        if recipe not in known:
+            config = in_fp8(tiny_checkpoint("untied"), recipe)
+            known[recipe] = errors(config, ranks, tmp_path_factory.mktemp("alone") / "out")
+        return known[recipe]
+
+    return get
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_is_near_and_is_fp8(recipe: str, alone: Any, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    bf16 = errors(make_config(tiny_checkpoint("untied"), **{"precision.bf16": True}), ranks, tmp_path / "out")
+    for rounded, error in zip(bf16, alone(recipe), strict=True):
+        # e4m3 has 4 bits fewer than bf16, so single roundings are 16 times as large.
+        assert 2 * rounded < error < 32 * rounded
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_every_layout_is_as_near(
+    recipe: str, layout: str, alone: Any, ranks: Any, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    config = in_fp8(tiny_checkpoint("untied"), recipe, **LAYOUTS[layout])
+    for error, one_rank in zip(errors(config, ranks, tmp_path / "out"), alone(recipe), strict=True):
+        assert error < 1.3 * one_rank
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
+def test_resuming_changes_no_bit(layout: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    config = in_fp8(tiny_checkpoint("tied"), "tensorwise", **LAYOUTS.get(layout, {}))
+    pool = ranks(config.parallel.world_size)
+    unbroken = pool.run(train, config, tmp_path / "unbroken")[0]
+    resumed = pool.run(train, config, tmp_path / "resumed", 3)[0]
+    assert resumed == unbroken
+    expected = weights(tmp_path / "unbroken")
+    for name, value in weights(tmp_path / "resumed").items():
+        assert value.equal(expected[name]), name
+
+
+def kinds_of_layers(config: Any) -> Any:
+    """For each layer on this rank, counted through the whole network, whether its linears are FP8."""
+    from trajectory import _trainer
+
+    from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+
+    with in_layout(config.parallel) as topology:
+        policy = _trainer(config, topology).policy.module
+        found = {}
+        for layer in policy.decoder.layers:
+            linears = layer.self_attention.linear_qkv, layer.mlp.linear_fc1
+            rows = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+            kinds = {isinstance(linear, Fp8ColumnParallelLinear) for linear in linears}
+            kinds |= {isinstance(linear, Fp8RowParallelLinear) for linear in rows}
+            (found[layer.layer_number - 1],) = kinds
+        return found
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_first_layers_stay_in_bf16(stages: int, ranks: Any, tiny_checkpoint: Any) -> None:
+    flags = {"precision.num_layers_at_start_in_bf16": 1, "parallel.pipeline_model_parallel_size": stages}
+    found: dict[int, bool] = {}
+    for each in ranks(stages).run(kinds_of_layers, in_fp8(tiny_checkpoint("tied"), "tensorwise", **flags)):
+        found |= each
+    assert found == {layer: layer > 0 for layer in range(len(found))}
+    assert len(found) > 1
