@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
+from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
 from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
 from megatron_tspin.benchmark.gpu_report.engine import relative
 from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
@@ -30,6 +31,8 @@ FIGURES = {
     "tokens": Meaning("", "tokens of the row; of padded rows, theirs with padding"),
 }
 _MULTIPLE = 32
+_THD = "thd"
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -60,32 +63,41 @@ _REDUCED = _Sizes((_Heads(4, 2, 16),), 2, 64, 2, 128, 16, 0.1)
 
 
 def cases(reduced: bool) -> list[Case]:
-    """Errors of each backend that runs here, then times."""
+    """Errors of each backend, then times; `thd` and what it is compared with on rows whose prompts are not shared."""
     sizes = _REDUCED if reduced else _FULL
-    backends = ("flex", "dense") if has_cuda() else ("segments", "dense")
+    own = "flex" if has_cuda() else "segments"
+    exact = ((own, None), (own, sizes.window), ("dense", None))
+    kinds = [
+        *((name, dtype, window) for dtype in _TYPES for name, window in exact),
+        *((_THD, torch.bfloat16, window) for window in (None, sizes.window)),
+    ]
     errors = [
         Case(
-            f"{name} {_short(dtype)} {heads}{' window' if window else ''}",
+            f"{name} {_TYPES[dtype]} {heads}{' window' if window else ''}",
             partial(_errors, name, heads, dtype, window, sizes),
         )
         for heads in sizes.heads
-        for dtype in (torch.float32, torch.bfloat16)
-        for name in backends
-        for window in (None, sizes.window)
-        if name != "dense" or window is None
+        for name, dtype, window in kinds
     ]
-    times = [Case(f"time {name} bf16", partial(_packed_time, name, sizes)) for name in backends]
-    return [*errors, *times, Case("time SDPA, padded rows, bf16", partial(_padded_time, sizes))]
+    times = [
+        Case(f"time {name}, prompts {'' if shared else 'not '}shared", partial(_packed_time, name, shared, sizes))
+        for name, shared in ((own, True), ("dense", True), (own, False), (_THD, False))
+    ]
+    return [*errors, *times, Case("time SDPA flash, padded rows", partial(_padded_time, sizes))]
 
 
-def _short(dtype: torch.dtype) -> str:
-    return "fp32" if dtype == torch.float32 else "bf16"
+def _require(name: str) -> None:
+    if name == _THD and find_spec("transformer_engine") is None:
+        raise SkippedError("Transformer Engine is not installed")
+    if name == _THD and not has_cuda():
+        raise SkippedError("no CUDA device")
+    prepare_platform()
 
 
 def _errors(name: str, heads: _Heads, dtype: torch.dtype, window: int | None, sizes: _Sizes) -> Figures:
-    prepare_platform()
+    _require(name)
     torch.backends.cuda.matmul.allow_tf32 = False
-    layout = _layout(draw_lengths("ultrachat", sizes.exact_triplets, sizes.exact_length, seed=1))
+    layout = _layout(draw_lengths("ultrachat", sizes.exact_triplets, sizes.exact_length, seed=1), name != _THD)
     real = (layout.token_facts(device())[0] >= 0)[:, None, None]
     inputs = [each.to(dtype) for each in _inputs(layout.length, heads)]
     inputs[3] = inputs[3] * real
@@ -97,8 +109,9 @@ def _errors(name: str, heads: _Heads, dtype: torch.dtype, window: int | None, si
     return {**dict(zip(("out", "dq", "dk", "dv"), errors, strict=True)), "tokens": float(layout.length)}
 
 
-def _layout(shapes: list[Shape]) -> RowLayout:
-    groups = tuple(Group(shape.prompt, tuple(length - 1 for length in shape.responses)) for shape in shapes)
+def _layout(shapes: list[Shape], share_prompts: bool) -> RowLayout:
+    alone = [group for shape in shapes for group in shape.groups(share_prompts)]
+    groups = tuple(Group(shape.prompt, tuple(length - 1 for length in shape.responses)) for shape in alone)
     tokens = sum(group.tokens for group in groups)
     return RowLayout(groups=groups, length=-(-tokens // _MULTIPLE) * _MULTIPLE)
 
@@ -119,10 +132,10 @@ def _attend(name: str, inputs: list[Tensor], layout: RowLayout, window: int | No
     return [out.detach(), query.grad, key.grad, value.grad]
 
 
-def _packed_time(name: str, sizes: _Sizes) -> Figures:
-    prepare_platform()
+def _packed_time(name: str, share_prompts: bool, sizes: _Sizes) -> Figures:
+    _require(name)
     heads = sizes.heads[0]
-    layout = _layout(draw_lengths("ultrachat", sizes.timed_triplets, sizes.timed_length, seed=2))
+    layout = _layout(draw_lengths("ultrachat", sizes.timed_triplets, sizes.timed_length, seed=2), share_prompts)
     *given, slope = (each.to(torch.bfloat16) for each in _inputs(layout.length, heads))
     query, key, value = (each.requires_grad_() for each in given)
 
@@ -147,7 +160,8 @@ def _padded_time(sizes: _Sizes) -> Figures:
     query, key, value = (each.requires_grad_() for each in given)
 
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     return {**_times(forward, slope, sizes.seconds), "tokens": float(len(rows) * max(rows))}
 

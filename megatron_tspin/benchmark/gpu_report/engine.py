@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
 from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
-from megatron_tspin.benchmark.gpu_report.formats import ENGINE_BF16, FORMATS, LOCAL_FP32
+from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_FP32, TRAINED
 from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
 from megatron_tspin.config import TrainingSection
+from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.platform import device, has_cuda
 
 _TOKENS, _IN, _OUT = 512, 1024, 4096
@@ -25,6 +26,7 @@ _RECIPES = {
     "blockwise": "Float8BlockScaling",
 }
 _ADAM_STEPS = 5
+_PASSES = 2  # delayed scales come from the first one
 
 _RELATIVE = "norm of the difference from torch in fp32 on the same bf16 values, over the norm of the latter: "
 FIGURES = {
@@ -36,7 +38,7 @@ FIGURES = {
 
 
 def cases(reduced: bool) -> list[Case]:
-    """Modules, the optimizer, and our policy with its layers."""
+    """Modules, the optimizer, and our policy, also with torch's layers for comparison."""
     linears = [("Linear bf16", None), *((f"Linear FP8 {name}", name) for name in _RECIPES)]
     fused = [("LayerNormLinear bf16", None), ("LayerNormLinear FP8 tensorwise", "tensorwise")]
     return [
@@ -44,7 +46,7 @@ def cases(reduced: bool) -> list[Case]:
         Case("RMSNorm bf16", partial(_module, _norm, None)),
         *(Case(name, partial(_module, _norm_linear, recipe)) for name, recipe in fused),
         Case("FusedAdam", _adam),
-        Case("policy of 2 layers, bf16 TE", partial(_policy, reduced)),
+        *(Case(f"policy of 2 layers, {name}", partial(_policy, name, reduced)) for name in TRAINED),
     ]
 
 
@@ -143,22 +145,32 @@ def _adam() -> Figures:
     return {"out": relative(ours - start, theirs - start)}
 
 
-def _policy(reduced: bool) -> Figures:
-    """Our policy of Transformer Engine's layers beside the one of torch's in fp32, forward and backward."""
-    from megatron_tspin.benchmark.gpu_report.policies import SMOLLM2, TINY, architecture, random_policy
-    from megatron_tspin.benchmark.gpu_report.responses import draw_rows, token_log_probs
+def _policy(name: str, reduced: bool) -> Figures:
+    """Our policy in a number format beside the one in fp32, forward and backward."""
+    from megatron_tspin.benchmark.gpu_report.policies import SMOLLM2, TINY, architecture, require
 
+    require(FORMATS[name])
     torch.backends.cuda.matmul.allow_tf32 = False
     shape = architecture(TINY if reduced else SMOLLM2, layers=2)
+    log_probs, gradient = _trained(shape, name, "auto")
+    expected, expected_gradient = _trained(shape, LOCAL_FP32, "dense")
+    return {"out": relative(log_probs, expected), "weight_gradient": relative(gradient, expected_gradient)}
+
+
+def _trained(shape: Architecture, name: str, attention: Literal["auto", "dense"]) -> tuple[Tensor, Tensor]:
+    """Log-probs of tokens, and the gradient of their sum in megatron-core's fp32 buffers, all weights but norms."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_tspin.benchmark.gpu_report.policies import random_policy
+    from megatron_tspin.benchmark.gpu_report.responses import draw_rows, token_log_probs
+
+    policy = random_policy(shape, FORMATS[name], TrainingSection(packed_attention=attention))
+    wrapped = DistributedDataParallel(policy.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), policy)
     rows, _ = draw_rows(shape, triplets=2)
-    found: list[tuple[Tensor, Tensor]] = []
-    attentions: dict[str, Literal["auto", "dense"]] = {ENGINE_BF16: "auto", LOCAL_FP32: "dense"}
-    for name, attention in attentions.items():
-        policy = random_policy(shape, FORMATS[name], TrainingSection(packed_attention=attention))
+    for _ in range(_PASSES):
+        wrapped.zero_grad_buffer()
         log_probs = token_log_probs(policy, rows)
         torch.autograd.backward(log_probs.sum())
-        # Names of Transformer Engine's fused norms differ; without them both have the same parameters.
-        gradients = [p.grad.float().flatten() for n, p in sorted(policy.named_parameters()) if "norm" not in n]
-        found.append((log_probs.detach(), torch.cat(gradients)))
-    (log_probs, gradient), (expected, expected_gradient) = found
-    return {"out": relative(log_probs, expected), "weight_gradient": relative(gradient, expected_gradient)}
+    # Names of Transformer Engine's fused norms differ; without them both have the same parameters.
+    weights = [weight for name, weight in sorted(policy.named_parameters()) if "norm" not in name]
+    return log_probs.detach(), torch.cat([weight.main_grad.flatten() for weight in weights])
