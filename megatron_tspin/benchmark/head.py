@@ -58,29 +58,48 @@ def run_head_benchmark(settings: HeadSettings) -> list[HeadResult]:
 def _serve_head(connection: Connection, settings: HeadSettings, variant: str, vocab_size: int) -> None:
     prepare_threads(settings.threads)
     import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     from megatron_tspin.benchmark.memory import PeakMemory
     from megatron_tspin.benchmark.timing import timed
-    from megatron_tspin.platform import device
+    from megatron_tspin.platform import backend
 
-    generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    hidden, weight = (
-        torch.randn(size, settings.hidden_size, generator=generator).div_(settings.hidden_size**0.5).to(device(), dtype)
-        for size in (settings.tokens, vocab_size)
-    )
-    token_ids = torch.randint(0, vocab_size, (settings.tokens,), generator=generator).to(device())
-    for tensor in (hidden, weight):
-        tensor.requires_grad_()
-        tensor.grad = torch.zeros_like(tensor).fill_(0)  # a training step adds to gradients that are there
-    step = {FULL: _full_logits_step, OURS: _own_step}[variant](hidden, weight, token_ids)
+    hidden, weight, token_ids = head_inputs(settings.tokens, settings.hidden_size, vocab_size, dtype)
+    if variant == FULL:
+        step = full_logits_step(hidden, weight, token_ids)
+    else:
+        dist.init_process_group(backend(), store=HashStore(), rank=0, world_size=1)
+        step = own_step(hidden, weight, token_ids, dist.group.WORLD)
     memory = PeakMemory()
     log_prob = step()
     peak = memory.peak_mib()
     connection.send((True, HeadResult(variant, vocab_size, peak, timed(step)[1].seconds, log_prob)))
 
 
-def _full_logits_step(hidden: Any, weight: Any, token_ids: Any) -> Callable[[], float]:
+def head_inputs(tokens: int, hidden_size: int, vocab_size: int, dtype: Any) -> tuple[Any, Any, Any]:
+    """Random hidden states [tokens, h] and weight [vocab, h], both zero gradients in place, and token ids [tokens].
+
+    The variance of a hidden state times a row of the weight is 1 / h.
+    """
+    import torch
+
+    from megatron_tspin.platform import device
+
+    generator = torch.Generator(device()).manual_seed(0)
+    hidden, weight = (
+        torch.randn(size, hidden_size, generator=generator, device=device()).div_(hidden_size**0.5).to(dtype)
+        for size in (tokens, vocab_size)
+    )
+    token_ids = torch.randint(0, vocab_size, (tokens,), generator=generator, device=device())
+    for tensor in (hidden, weight):
+        tensor.requires_grad_()
+        tensor.grad = torch.zeros_like(tensor).fill_(0)  # a training step adds to gradients that are there
+    return hidden, weight, token_ids
+
+
+def full_logits_step(hidden: Any, weight: Any, token_ids: Any) -> Callable[[], float]:
     """Linear, log-softmax in fp32, gather: what transformers and TRL run."""
     import torch
 
@@ -93,18 +112,12 @@ def _full_logits_step(hidden: Any, weight: Any, token_ids: Any) -> Callable[[], 
     return step
 
 
-def _own_step(hidden: Any, weight: Any, token_ids: Any) -> Callable[[], float]:
-    """`models.head`, with the gradient buffer that megatron-core's DDP gives a weight."""
+def own_step(hidden: Any, weight: Any, token_ids: Any, group: Any) -> Callable[[], float]:
+    """`models.head` in a group of this process alone, with the gradient buffer that megatron-core's DDP makes."""
     import torch
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
 
     from megatron_tspin.models.head import ResponseTargets, VocabularyShard, sequence_log_probs
-    from megatron_tspin.platform import backend
 
-    dist.init_process_group(backend(), store=HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
     vocab_size, count = weight.shape[0], len(token_ids)
     shard = VocabularyShard(first=0, size=vocab_size, valid=vocab_size, group=group)
     positions = torch.arange(count, device=token_ids.device)

@@ -15,19 +15,18 @@ from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import ROLES
+from megatron_tspin.platform import device
 
 _ITERATION = 1  # iteration 0 has a beta of its own
-_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""Environment of a process that is a world of its own; the port is any free one, as nobody else has to find it."""
 
 
 class OwnSide:
     """See the module; implements `sides.Side`. The process has joined megatron-core's groups until it ends."""
 
     def __init__(self, name: str, settings: StepSettings, batch: Sequence[TokenTriplet]) -> None:
-        self._triplets = [
-            Triplet(str(number), triplet.prompt, dict(zip(ROLES, triplet.responses, strict=True)))
-            for number, triplet in enumerate(batch)
-        ]
+        self._triplets = as_triplets(batch)
         self._open = ExitStack()
         self._trainer = _make_trainer(make_config(name, settings), self._open)
 
@@ -53,6 +52,14 @@ class OwnSide:
             "megatron-core": megatron.core.__version__,
             "megatron_tspin": megatron_tspin.__version__,
         }
+
+
+def as_triplets(batch: Sequence[TokenTriplet]) -> list[Triplet]:
+    """The batch as the trainer takes it."""
+    return [
+        Triplet(str(number), triplet.prompt, dict(zip(ROLES, triplet.responses, strict=True)))
+        for number, triplet in enumerate(batch)
+    ]
 
 
 def make_config(name: str, settings: StepSettings) -> Config:
@@ -85,9 +92,10 @@ def _make_trainer(config: Config, still_open: ExitStack) -> Any:
     from megatron_tspin.parallel import distributed
     from megatron_tspin.training.loop import build_trainer
 
-    os.environ |= _ALONE
+    os.environ |= ALONE
     topology = still_open.enter_context(distributed(config.parallel, tokens_multiple=config.precision.tokens_multiple))
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     model = make_model_provider(architecture, config.parallel, config.training, config.precision)()
     load_hf(model, topology)
+    model.to(device())
     return build_trainer(config, _ITERATION, topology, model, num_steps=1)

@@ -53,9 +53,15 @@ class TransformersSide:
     """See the module; implements `sides.Side`."""
 
     def __init__(
-        self, settings: StepSettings, batch: Sequence[TokenTriplet], micro_batch_size: int, checkpointing: bool = False
+        self,
+        settings: StepSettings,
+        batch: Sequence[TokenTriplet],
+        micro_batch_size: int,
+        checkpointing: bool = False,
+        model: Any = None,
     ) -> None:
-        self._model = load_model(settings)
+        """Takes the model of the settings, or the one given."""
+        self._model = load_model(settings) if model is None else model
         if checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._triplets = len(batch)

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from megatron_tspin.benchmark.settings import StepSettings
     from megatron_tspin.cli.arguments import Subparsers
 
+_GPU_MINUTES = 7.8
+
 _DESCRIPTION = """Measure how fast a training step is, beside plain transformers and TRL, in one run on this machine.
 
 reads   an HF checkpoint; the triplets are random tokens
 writes  JSON and a plot in benchmarks/results, or --output
 
-example
-  tspin bench step --quick --model CHECKPOINT"""
+examples
+  tspin bench step --quick --model CHECKPOINT
+  tspin bench gpu --out report"""
 
 _STEP_DESCRIPTION = """Measure one training step, forward and backward over a global batch of triplets, side by side.
 
@@ -36,6 +39,22 @@ examples
   tspin bench step --head-memory
   tspin bench step --profile --quick --model smollm2"""
 
+_GPU_DESCRIPTION = """Run every check and benchmark of a GPU, in less than eight minutes on one H100 or H200.
+
+Each check runs in a process of its own with a time limit, so that none that fails or hangs stops the others. Models
+have known shapes and random weights: no checkpoint is read. Without a GPU a reduced form runs, which keeps the code
+alive and whose figures mean nothing. The last thing printed is the table.
+
+writes  gpu_report.json (every figure, with its unit and meaning; up to date after every check), gpu_report.txt (the
+        table), and logs/ in --out
+
+checks
+{checks}
+
+examples
+  tspin bench gpu --out report
+  tspin bench gpu --out report --only step parity --minutes 4"""
+
 
 def add_parser(subparsers: "Subparsers") -> None:
     """Adds the command."""
@@ -45,6 +64,28 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_what(step)
     _add_how(step)
     step.set_defaults(run=run)
+    _add_gpu(benches)
+
+
+def _add_gpu(benches: "Subparsers") -> None:
+    from megatron_tspin.benchmark.gpu_report.catalogue import CHECKS
+
+    width = max(len(check.name) for check in CHECKS)
+    checks = "\n".join(f"  {check.name:{width}}  {check.title}" for check in CHECKS)
+    gpu = command_parser(benches, "gpu", "every check of a GPU", _GPU_DESCRIPTION.format(checks=checks))
+    gpu.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="run these checks [all]")
+    gpu.add_argument(
+        "--reduced", action="store_true", help="the small form [without a CUDA device; with one, the full form]"
+    )
+    gpu.add_argument(
+        "--minutes",
+        type=float,
+        default=_GPU_MINUTES,
+        metavar="M",
+        help=f"no check runs on after these [{_GPU_MINUTES}]",
+    )
+    gpu.set_defaults(run=run_gpu)
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +162,25 @@ def run(args: argparse.Namespace) -> int:
     write_result(result, args.output)
     print_result(result)
     _refuse_gaps(result)
+    return EXIT_OK
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    """Runs the report of a GPU.
+
+    Raises:
+        InputError: No such check.
+        StageError: A check failed; the others ran.
+    """
+    from megatron_tspin.benchmark.gpu_report.report import ReportSettings, has_failed, print_table, run_report
+    from megatron_tspin.platform import has_cuda
+
+    reduced = args.reduced or not has_cuda()
+    settings = ReportSettings(args.out, reduced, tuple(args.only), args.minutes)
+    failed = has_failed(run_report(settings))
+    print_table(settings)
+    if failed:
+        raise StageError("these checks failed\n" + "\n".join(failed))
     return EXIT_OK
 
 

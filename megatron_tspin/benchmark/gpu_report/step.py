@@ -1,0 +1,227 @@
+"""Speed of a training step at Mistral-7B's layer shapes, in each number format, beside plain transformers."""
+
+import gc
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from megatron_tspin.benchmark.gpu_report import rates
+from megatron_tspin.benchmark.gpu_report.case import Case, Figures
+from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16, TRAINED
+from megatron_tspin.benchmark.gpu_report.policies import (
+    MISTRAL,
+    TINY,
+    architecture,
+    parallel,
+    random_policy,
+    require,
+    topology,
+)
+from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, Timing, measure
+from megatron_tspin.benchmark.lengths import draw_lengths, draw_tokens, response_tokens
+from megatron_tspin.benchmark.memory import PeakMemory
+from megatron_tspin.benchmark.own_side import as_triplets, make_config
+from megatron_tspin.benchmark.settings import PACKED, StepSettings
+from megatron_tspin.benchmark.work import useful_flops
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.objective.packing import Shape
+from megatron_tspin.platform import device, has_cuda
+
+_LENGTHS = "ultrachat"
+_SEED = 5
+_MOST_LAYERS = 16
+_CUDA_SPARE = 0.25  # of the memory, for what the estimate does not know
+_FIXED_BYTES = 6 * 2**30  # CUDA, libraries, the head's tiles
+_TRAINED_BYTES = 10  # a parameter: bf16, fp32 gradient, fp32 master
+_HIDDEN_BYTES, _MLP_BYTES = 48, 10  # of activations, a token and layer, times width and MLP width
+_TRANSFORMERS = {"transformers, checkpointing": (8, True), "transformers": (2, False)}
+"""Triplets of a micro-batch, and whether its layers are computed again in backward."""
+
+FIGURES = {
+    "triplets_per_second": Meaning("1/s", "triplets of the global batch over the median time of a step"),
+    "tokens_per_second": Meaning("1/s", "response tokens over the same time"),
+    "tflops": Meaning(
+        "TFLOP/s",
+        "operations that the batch needs at least (no padding, prompts once, logits of response tokens only, nothing "
+        "twice), a multiplication and its addition as two, over the same time",
+    ),
+    "share_of_bf16": Meaning("", "tflops over the rate of a bf16 product of 8192^3 (CPU: 512^3) in the same process"),
+    "share_of_fp8": Meaning("", "the same with an FP8 product with fast accumulation; of FP8 formats alone"),
+    "peak_gib": Meaning("GiB", "peak memory of a step, weights and gradients included, ours with fp32 masters too"),
+    **MEANINGS,
+    "layers": Meaning("", "decoder layers, chosen by the memory of the device"),
+    "parameters": Meaning("10^9", "parameters of the model"),
+    "triplets": Meaning("", "of the global batch"),
+    "micro_batch_size": Meaning("", "triplets of a micro-batch of transformers, halved until it fits"),
+    "row_capacity": Meaning("tokens", "most tokens of our packed rows"),
+    "longest": Meaning("tokens", "longest prompt with response of the batch"),
+    "graphs": Meaning("", "graphs that torch.compile has compiled in the process up to here"),
+}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    shape: str
+    lengths: tuple[int, ...]
+    triplets: int
+    row_capacity: int
+    layers: int | None
+    seconds: float
+
+
+_FULL = _Sizes(MISTRAL, (2048, 8192), 16, 8192, None, 3.0)
+_REDUCED = _Sizes(TINY, (128,), 2, 384, 2, 0.1)
+Batch = list[Shape]
+
+
+def cases(reduced: bool) -> list[Case]:
+    """Each format, then transformers, at each most length."""
+    sizes = _REDUCED if reduced else _FULL
+    own = {name: partial(_own, name, sizes) for name in TRAINED}
+    peers = {name: partial(_transformers, *how, sizes) for name, how in _TRANSFORMERS.items()}
+    runs = {LOCAL_BF16: own[LOCAL_BF16], **peers, **own}  # what matters most comes before time is up
+    return [
+        Case(f"{name} | up to {length} tokens", partial(run, length))
+        for length in sizes.lengths
+        for name, run in runs.items()
+    ]
+
+
+def _batch(length: int, sizes: _Sizes) -> Batch:
+    return draw_lengths(_LENGTHS, sizes.triplets, length, _SEED)
+
+
+def _capacity(length: int, sizes: _Sizes) -> int:
+    """Rows hold the longest triplet."""
+    longest = max(shape.row_tokens(share_prompts=True) for shape in _batch(length, sizes))
+    return max(sizes.row_capacity, -(-longest // topology().row_multiple) * topology().row_multiple)
+
+
+@cache
+def _architecture(sizes: _Sizes) -> Architecture:
+    return architecture(sizes.shape, sizes.layers or layers_that_fit(architecture(sizes.shape), _most_tokens(sizes)))
+
+
+def _most_tokens(sizes: _Sizes) -> int:
+    return max(_capacity(length, sizes) for length in sizes.lengths)
+
+
+def layers_that_fit(shape: Architecture, row_tokens: int) -> int:
+    """Layers that train comfortably on this device, by an estimate that is made once for all formats.
+
+    Args:
+        shape: Of one layer, and of embedding and head.
+        row_tokens: Tokens of the longest row.
+    """
+    memory = torch.cuda.get_device_properties(0).total_memory * (1 - _CUDA_SPARE)
+    ends = 2 * shape.vocab_size * shape.hidden_size * _TRAINED_BYTES
+    activations = row_tokens * (_HIDDEN_BYTES * shape.hidden_size + _MLP_BYTES * shape.ffn_hidden_size)
+    layer = _layer_parameters(shape) * _TRAINED_BYTES + activations
+    return max(1, min(_MOST_LAYERS, int((memory - _FIXED_BYTES - ends) // layer)))
+
+
+def _layer_parameters(shape: Architecture) -> int:
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    return shape.hidden_size * (heads + 3 * shape.ffn_hidden_size)
+
+
+def _settings(length: int, sizes: _Sizes) -> StepSettings:
+    return StepSettings(
+        model=str(_architecture(sizes).folder),
+        sides=(PACKED,),
+        lengths=_LENGTHS,
+        max_length=length,
+        triplets=sizes.triplets,
+        micro_batch_size=1,
+        row_capacity=_capacity(length, sizes),
+        rounds=1,
+        threads=parallel().cpu_threads,
+        bf16=True,
+        seed=_SEED,
+    )
+
+
+def _own(name: str, sizes: _Sizes, length: int) -> Figures:
+    from megatron_tspin.training.loop import build_trainer
+
+    precision = FORMATS[name]
+    require(precision)
+    shape, settings = _architecture(sizes), _settings(length, sizes)
+    config = make_config(PACKED, settings).model_copy(update={"precision": precision})
+    batch = as_triplets(draw_tokens(_batch(length, sizes), shape.vocab_size, _SEED))
+    trainer = build_trainer(config, 1, topology(), random_policy(shape, precision, config.training), num_steps=1)
+    memory = PeakMemory()
+    timing = measure(lambda: trainer.forward_backward(batch), sizes.seconds)
+    found = _figures(timing, memory, length, sizes)
+    if precision.fp8 is not None:
+        rate = rates.matrix_flops() / rates.fp8_product(fast_accumulation=True).median
+        found["share_of_fp8"] = 1e12 * found["tflops"] / rate
+    return {**found, "row_capacity": float(settings.row_capacity)}
+
+
+def _figures(timing: Timing, memory: PeakMemory, length: int, sizes: _Sizes) -> dict[str, float]:
+    """Call it before the models are gone, and before anything else uses memory."""
+    peak = (memory.held_mib + memory.peak_mib()) / 1024
+    shape, batch = _architecture(sizes), _batch(length, sizes)
+    useful = useful_flops(batch, shape) / timing.median
+    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return {
+        "triplets_per_second": len(batch) / timing.median,
+        "tokens_per_second": response_tokens(batch) / timing.median,
+        "tflops": useful / 1e12,
+        "share_of_bf16": useful / rates.bf16_flops_per_second(),
+        "peak_gib": peak,
+        **timing.milliseconds(),
+        "layers": float(shape.num_layers),
+        "parameters": (shape.num_layers * _layer_parameters(shape) + ends) / 1e9,
+        "triplets": float(len(batch)),
+        "longest": float(max(each.prompt + max(each.responses) for each in batch)),
+        "graphs": float(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+    }
+
+
+def _transformers(micro_batch_size: int, checkpointing: bool, sizes: _Sizes, length: int) -> Figures:
+    """Rows of all roles padded to the longest of their micro-batch, full logits."""
+    while True:
+        try:
+            found = _transformers_once(min(micro_batch_size, sizes.triplets), checkpointing, length, sizes)
+        except torch.OutOfMemoryError:
+            if micro_batch_size == 1:
+                raise
+        else:
+            return {**found, "micro_batch_size": float(min(micro_batch_size, sizes.triplets))}
+        micro_batch_size //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _transformers_once(micro_batch_size: int, checkpointing: bool, length: int, sizes: _Sizes) -> dict[str, float]:
+    from megatron_tspin.benchmark.transformers_side import TransformersSide
+
+    shape = _architecture(sizes)
+    tokens = draw_tokens(_batch(length, sizes), shape.vocab_size, _SEED)
+    side = TransformersSide(
+        _settings(length, sizes), tokens, micro_batch_size, checkpointing, transformers_model(shape).train()
+    )
+    memory = PeakMemory()
+    timing = measure(side.forward_backward, sizes.seconds, prepare=side.zero_gradients, warm_ups=0)
+    return _figures(timing, memory, length, sizes)
+
+
+def transformers_model(shape: Architecture) -> Any:
+    """Transformers' model of an architecture: bf16, on this device, its own random weights, fused attention."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(shape.folder, local_files_only=True)
+    torch.manual_seed(0)
+    if not has_cuda():
+        made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    else:
+        with device():
+            made = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+    return made.to(device())

@@ -1,0 +1,3 @@
+"""A check that cannot be imported."""
+
+raise ImportError("no such library")

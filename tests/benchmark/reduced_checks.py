@@ -1,0 +1,73 @@
+"""Runs the reduced form of checks in one process, and looks at what they leave behind; started by a test.
+
+python reduced_checks.py FOLDER CHECK...    # writes FOLDER/CHECK.jsonl each, and FOLDER/facts.json
+"""
+
+import gc
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tspin.benchmark.gpu_report import child, step
+from megatron_tspin.benchmark.gpu_report.policies import architecture, topology
+from megatron_tspin.benchmark.work import Work, predicted_flops
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.objective.packing import work_model
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for name in names:
+        with (folder / f"{name}.jsonl").open("w") as record:
+            assert child.run_cases(importlib.import_module(f"{child.PACKAGE}.{name}"), record, reduced=True) == 0
+    gc.collect()
+    facts = {"policies_left": sum(isinstance(each, PolicyModel) for each in gc.get_objects())}
+    (folder / "facts.json").write_text(json.dumps(facts | flops()))
+
+
+def flops() -> dict[str, float]:
+    """Products of one of our steps as torch counts them, and as they are predicted; without attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16
+    from megatron_tspin.benchmark.lengths import draw_tokens, response_tokens
+    from megatron_tspin.benchmark.own_side import as_triplets, make_config
+    from megatron_tspin.benchmark.settings import PACKED
+
+    sizes = step._REDUCED
+    length = sizes.lengths[0]
+    shape, settings = architecture(sizes.shape, sizes.layers), step._settings(length, sizes)
+    batch = step._batch(length, sizes)
+    trainer = _trainer(make_config(PACKED, settings), shape, FORMATS[LOCAL_BF16])
+    triplets = as_triplets(draw_tokens(batch, shape.vocab_size, 0))
+    places = sum(micro_batch.rows.places for micro_batch in trainer.planner.plan(triplets))
+    addmm_in_place = {torch.ops.aten.addmm_: _products_of_addmm}
+    with FlopCounterMode(display=False, custom_mapping=addmm_in_place) as counter:
+        trainer.forward_backward(triplets)
+    counted = counter.get_flop_counts()["Global"].items()
+    work = work_model(shape)
+    return {
+        "counted": sum(count for name, count in counted if "attention" not in str(name)),
+        "predicted": Work(places, 0, response_tokens(batch), head=4.0).flops(shape),
+        "by_step": predicted_flops(PACKED, batch, shape, settings),
+        "by_planner": sum(work.training(each, True) for each in batch),
+    }
+
+
+def _products_of_addmm(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """Of shapes."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+
+def _trainer(config: Any, shape: Any, precision: Any) -> Any:
+    from megatron_tspin.benchmark.gpu_report.policies import random_policy
+    from megatron_tspin.training.loop import build_trainer
+
+    return build_trainer(config, 1, topology(), random_policy(shape, precision, config.training), num_steps=1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
