@@ -1,4 +1,4 @@
-"""`tspin bench`: how fast a training step is, beside plain transformers and TRL."""
+"""`tspin bench`: speed of a training step beside other tools, noise of number formats, checks of a GPU."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,19 @@ writes  JSON and a plot in benchmarks/results, or --output
 
 examples
   tspin bench step --quick --model CHECKPOINT
+  tspin bench noise --model CHECKPOINT --data answers.jsonl
   tspin bench gpu --out report"""
+
+_NOISE_DESCRIPTION = """Measure what each number format does to the log-probs of whole responses, beside fp32.
+
+All formats score the same responses with the same weights in one process, one after another. A format that this
+machine cannot compute is listed with the reason.
+
+reads   the HF checkpoint --model; --data, JSON lines with `prompt` and `response`
+writes  noise_<model>.json in --output
+
+example
+  tspin bench noise --model CHECKPOINT --data answers.jsonl --limit 64"""
 
 _STEP_DESCRIPTION = """Measure one training step, forward and backward over a global batch of triplets, side by side.
 
@@ -64,7 +76,18 @@ def add_parser(subparsers: "Subparsers") -> None:
     _add_what(step)
     _add_how(step)
     step.set_defaults(run=run)
+    _add_noise(benches)
     _add_gpu(benches)
+
+
+def _add_noise(benches: "Subparsers") -> None:
+    noise = command_parser(benches, "noise", "log-probs in each number format", _NOISE_DESCRIPTION)
+    noise.add_argument("--model", type=Path, metavar="HF_DIR", help="checkpoint [the quickstart's tiny one]")
+    noise.add_argument("--data", type=Path, metavar="JSONL", help="prompts and responses [built-in sentences]")
+    noise.add_argument("--limit", type=_count, metavar="N", help="take the first N of them [all]")
+    _add_threads(noise)
+    _add_output(noise)
+    noise.set_defaults(run=run_noise)
 
 
 def _add_gpu(benches: "Subparsers") -> None:
@@ -131,11 +154,19 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 def _add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small enough for ten minutes on two cores")
     parser.add_argument("--rounds", type=_count, metavar="N", help="timed repetitions of each side [5; --quick: 3]")
-    parser.add_argument("--threads", type=_count, default=cores(), metavar="N", help="threads of a side [all cores]")
+    _add_threads(parser)
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="start no round that would end later [no limit; --quick: 9]"
     )
     parser.add_argument("--trl-path", type=Path, metavar="DIR", help="folder with TRL, if the environment has none")
+    _add_output(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_count, default=cores(), metavar="N", help="threads of torch [all cores]")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
@@ -162,6 +193,18 @@ def run(args: argparse.Namespace) -> int:
     write_result(result, args.output)
     print_result(result)
     _refuse_gaps(result)
+    return EXIT_OK
+
+
+def run_noise(args: argparse.Namespace) -> int:
+    """Runs the comparison of number formats."""
+    from megatron_tspin.benchmark.noise import measure_formats, report_formats
+    from megatron_tspin.cli.quickstart import example_folder
+    from megatron_tspin.training.parity import read_sentences
+
+    model = args.model or example_folder() / "checkpoint"
+    sentences = read_sentences(model, args.data)[: args.limit]
+    report_formats(model, sentences, args.threads, measure_formats(model, sentences, args.threads), args.output)
     return EXIT_OK
 
 
