@@ -24,9 +24,10 @@ from megatron_tspin.training.parity import Sentence
 from megatron_tspin.training.precision_noise import differences
 
 _log = get_logger(__name__)
-_EDGES = "FP8 torch tensorwise hybrid, first and last layer in bf16"
+_EDGES = "FP8 torch tensorwise, 1 + 1 layers bf16"
 _REPEATS = 2
-_ABSENT = "not measured"
+_ABSENT = "-"
+_WIDTH = 120  # of the table, also where stdout is no terminal
 
 NOISE_FORMATS: Mapping[str, PrecisionSection] = {
     # The formats of output gradients show in backward only.
@@ -141,7 +142,7 @@ def _print(results: Sequence[FormatNoise], facts: Mapping[str, object]) -> None:
     from rich.table import Table
 
     console = Console(file=sys.stdout, highlight=False)
-    console.width = max(console.width, 120)
+    console.width = max(console.width, _WIDTH)
     console.print(
         f"{facts['model']}: {facts['responses']} responses of {facts['response_tokens']} tokens; log-probs of whole "
         "responses in each format minus those in fp32, in nats",
@@ -161,7 +162,7 @@ def _print(results: Sequence[FormatNoise], facts: Mapping[str, object]) -> None:
 def _row(each: FormatNoise) -> list[str]:
     seconds = _ABSENT if each.seconds is None else f"{each.seconds:.1f}"
     if each.noise is None:
-        return [*["-"] * 5, seconds]
+        return [*[_ABSENT] * 5, seconds]
     noise = each.noise
     sizes = (noise.mean, noise.mean_absolute, noise.p95_absolute, noise.largest_absolute, noise.per_token_rms)
     return [*(f"{value:.2g}" for value in sizes), seconds]
