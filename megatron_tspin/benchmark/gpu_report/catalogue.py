@@ -13,7 +13,8 @@ class Check:
     Attributes:
         name: Of the module, and on the command line.
         title: One line for the table.
-        limit: Seconds that all its cases may take on a GPU, start of the process included.
+        limit: Seconds that all its cases may take on a GPU, start of the process included; more where earlier checks
+            left some of theirs.
         case_limit: Seconds that one case may take; the ones behind it still run then.
         columns: Figures that the table shows. All of them are in the JSON file.
         across: Cases are named `row | column` and make one table row together.

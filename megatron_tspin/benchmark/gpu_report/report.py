@@ -75,9 +75,11 @@ def run_report(
         write_text(settings.folder / TABLE_NAME, render(so_far, head))
 
     with _temporary_folder():
+        granted = 0.0
         for check in checks:
-            left = 60 * settings.minutes - (time.monotonic() - started)
-            limit = min(check.reduced_limit if settings.reduced else check.limit, left)
+            # What earlier checks did not use is added, so that all of them together keep to the sum of their limits.
+            granted += check.reduced_limit if settings.reduced else check.limit
+            limit = min(granted, 60 * settings.minutes) - (time.monotonic() - started)
             if limit <= 0:
                 result = CheckResult(check.name, reason=_NO_TIME)
             else:

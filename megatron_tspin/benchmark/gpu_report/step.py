@@ -72,7 +72,7 @@ class _Sizes:
     seconds: float
 
 
-_FULL = _Sizes(MISTRAL, (2048, 8192), 16, 8192, None, 3.0)
+_FULL = _Sizes(MISTRAL, (2048, 8192), 8, 8192, None, 2.0)
 _REDUCED = _Sizes(TINY, (128,), 2, 384, 2, 0.1)
 Batch = list[Shape]
 
