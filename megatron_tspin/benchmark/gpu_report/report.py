@@ -25,6 +25,7 @@ _log = get_logger(__name__)
 
 JSON_NAME = "gpu_report.json"
 TABLE_NAME = "gpu_report.txt"
+_SHOWN = 150  # characters of a failure
 _NO_TIME = "the time of the whole report was over"
 
 
@@ -131,6 +132,6 @@ def has_failed(results: list[CheckResult]) -> list[str]:
         if result.status != "failed":
             continue
         reasons: list[Any] = [result.reason, *(case.reason for case in result.cases if case.status == "failed")]
-        first = next(reason for reason in reasons if reason)
-        found.append(f"{result.name}: {first.splitlines()[0]}")
+        first = next((reason for reason in reasons if reason), "")
+        found.append(f"{result.name}: {' '.join(first.split())}"[:_SHOWN])
     return found
