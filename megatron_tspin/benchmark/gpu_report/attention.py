@@ -118,9 +118,9 @@ def _layout(shapes: list[Shape], share_prompts: bool) -> RowLayout:
 
 def _inputs(length: int, heads: _Heads) -> list[Tensor]:
     """Queries, keys, values and the gradient that arrives, fp32 [s, heads, d]."""
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator(device()).manual_seed(length)
     counts = (heads.queries, heads.groups, heads.groups, heads.queries)
-    return [torch.randn(length, count, heads.size, generator=generator).to(device()) for count in counts]
+    return [torch.randn(length, count, heads.size, generator=generator, device=device()) for count in counts]
 
 
 def _attend(name: str, inputs: list[Tensor], layout: RowLayout, window: int | None) -> list[Tensor]:
@@ -151,10 +151,10 @@ def _padded_time(sizes: _Sizes) -> Figures:
     heads = sizes.heads[0]
     shapes = draw_lengths("ultrachat", sizes.timed_triplets, sizes.timed_length, seed=2)
     rows = [shape.prompt + length - 1 for shape in shapes for length in shape.responses]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device()).manual_seed(0)
     counts = (heads.queries, heads.groups, heads.groups, heads.queries)
     *given, slope = (
-        torch.randn(len(rows), count, max(rows), heads.size, generator=generator).to(device(), torch.bfloat16)
+        torch.randn(len(rows), count, max(rows), heads.size, generator=generator, device=device()).bfloat16()
         for count in counts
     )
     query, key, value = (each.requires_grad_() for each in given)

@@ -26,6 +26,7 @@ FIGURES = {
     **MEANINGS,
     "peak_mib": Meaning("MiB", "peak memory above weight, hidden states and the gradients of both"),
     "log_prob": Meaning("nats", "sum of the log-probs, which all variants have to agree on"),
+    "width": Meaning("", "size of a hidden state; bf16 on a GPU, fp32 on a CPU"),
     "chunk": Meaning("tokens", "tokens of a chunk"),
 }
 
@@ -46,9 +47,8 @@ def cases(reduced: bool) -> list[Case]:
 
 def _measure(variant: str, tokens: int, vocab_size: int, reduced: bool) -> Figures:
     group = topology().tp_group
-    hidden, weight, token_ids = head_inputs(
-        tokens, _REDUCED_WIDTH if reduced else _WIDTH, vocab_size, torch.bfloat16 if has_cuda() else torch.float32
-    )
+    dtype, width = torch.bfloat16 if has_cuda() else torch.float32, _REDUCED_WIDTH if reduced else _WIDTH
+    hidden, weight, token_ids = head_inputs(tokens, width, vocab_size, dtype)
     chunk = _REDUCED_CHUNK if reduced else _CHUNK
     steps: dict[str, Callable[[], Step]] = {
         "ours": lambda: own_step(hidden, weight, token_ids, group),
@@ -63,8 +63,8 @@ def _measure(variant: str, tokens: int, vocab_size: int, reduced: bool) -> Figur
     peak = memory.peak_mib()
     timing = measure(step, _SECONDS)
     assert isinstance(log_prob, float)
-    found: dict[str, float | str] = {**timing.milliseconds(), "first_seconds": first, "peak_mib": peak}
-    return found | {"log_prob": log_prob} | ({"chunk": float(chunk)} if variant == "chunks" else {})
+    found = {**timing.milliseconds(), "first_seconds": first, "peak_mib": peak, "log_prob": log_prob}
+    return found | {"width": float(width)} | ({"chunk": float(chunk)} if variant == "chunks" else {})
 
 
 def _cross_entropy_step(hidden: Tensor, weight: Tensor, token_ids: Tensor, chunk: int) -> Callable[[], float]:

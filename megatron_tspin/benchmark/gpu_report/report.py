@@ -25,6 +25,7 @@ _log = get_logger(__name__)
 
 JSON_NAME = "gpu_report.json"
 TABLE_NAME = "gpu_report.txt"
+_SHOWN = 150  # characters of a failure
 _NO_TIME = "the time of the whole report was over"
 
 
@@ -75,9 +76,11 @@ def run_report(
         write_text(settings.folder / TABLE_NAME, render(so_far, head))
 
     with _temporary_folder():
+        granted = 0.0
         for check in checks:
-            left = 60 * settings.minutes - (time.monotonic() - started)
-            limit = min(check.reduced_limit if settings.reduced else check.limit, left)
+            # What earlier checks did not use is added, so that all of them together keep to the sum of their limits.
+            granted += check.reduced_limit if settings.reduced else check.limit
+            limit = min(granted, 60 * settings.minutes) - (time.monotonic() - started)
             if limit <= 0:
                 result = CheckResult(check.name, reason=_NO_TIME)
             else:
@@ -129,6 +132,6 @@ def has_failed(results: list[CheckResult]) -> list[str]:
         if result.status != "failed":
             continue
         reasons: list[Any] = [result.reason, *(case.reason for case in result.cases if case.status == "failed")]
-        first = next(reason for reason in reasons if reason)
-        found.append(f"{result.name}: {first.splitlines()[0]}")
+        first = next((reason for reason in reasons if reason), "")
+        found.append(f"{result.name}: {' '.join(first.split())}"[:_SHOWN])
     return found

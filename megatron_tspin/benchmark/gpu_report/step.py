@@ -52,6 +52,7 @@ FIGURES = {
     "share_of_fp8": Meaning("", "the same with an FP8 product with fast accumulation; of FP8 formats alone"),
     "peak_gib": Meaning("GiB", "peak memory of a step, weights and gradients included, ours with fp32 masters too"),
     **MEANINGS,
+    "shape": Meaning("", "whose layers, embedding and head they are"),
     "layers": Meaning("", "decoder layers, chosen by the memory of the device"),
     "parameters": Meaning("10^9", "parameters of the model"),
     "triplets": Meaning("", "of the global batch"),
@@ -72,7 +73,7 @@ class _Sizes:
     seconds: float
 
 
-_FULL = _Sizes(MISTRAL, (2048, 8192), 16, 8192, None, 3.0)
+_FULL = _Sizes(MISTRAL, (2048, 8192), 8, 8192, None, 2.0)
 _REDUCED = _Sizes(TINY, (128,), 2, 384, 2, 0.1)
 Batch = list[Shape]
 
@@ -83,11 +84,24 @@ def cases(reduced: bool) -> list[Case]:
     own = {name: partial(_own, name, sizes) for name in TRAINED}
     peers = {name: partial(_transformers, *how, sizes) for name, how in _TRANSFORMERS.items()}
     runs = {LOCAL_BF16: own[LOCAL_BF16], **peers, **own}  # what matters most comes before time is up
-    return [
+    speeds = [
         Case(f"{name} | up to {length} tokens", partial(run, length))
         for length in sizes.lengths
         for name, run in runs.items()
     ]
+    return [Case("model", partial(_model, sizes)), *speeds]
+
+
+def _model(sizes: _Sizes) -> Figures:
+    """What all of them train."""
+    topology()
+    return {"shape": sizes.shape, **_model_figures(_architecture(sizes)), "triplets": float(sizes.triplets)}
+
+
+def _model_figures(shape: Architecture) -> dict[str, float]:
+    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    parameters = (shape.num_layers * _layer_parameters(shape) + ends) / 1e9
+    return {"layers": float(shape.num_layers), "parameters": parameters}
 
 
 def _batch(length: int, sizes: _Sizes) -> Batch:
@@ -167,7 +181,6 @@ def _figures(timing: Timing, memory: PeakMemory, length: int, sizes: _Sizes) -> 
     peak = (memory.held_mib + memory.peak_mib()) / 1024
     shape, batch = _architecture(sizes), _batch(length, sizes)
     useful = useful_flops(batch, shape) / timing.median
-    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     return {
         "triplets_per_second": len(batch) / timing.median,
         "tokens_per_second": response_tokens(batch) / timing.median,
@@ -175,8 +188,7 @@ def _figures(timing: Timing, memory: PeakMemory, length: int, sizes: _Sizes) -> 
         "share_of_bf16": useful / rates.bf16_flops_per_second(),
         "peak_gib": peak,
         **timing.milliseconds(),
-        "layers": float(shape.num_layers),
-        "parameters": (shape.num_layers * _layer_parameters(shape) + ends) / 1e9,
+        **_model_figures(shape),
         "triplets": float(len(batch)),
         "longest": float(max(each.prompt + max(each.responses) for each in batch)),
         "graphs": float(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
