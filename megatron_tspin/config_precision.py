@@ -81,8 +81,14 @@ class PrecisionSection(Section):
             raise ValueError(f"fp8_recipe = {self.fp8_recipe} needs transformer_impl = {needed}")
         if self.fp8_recipe == "delayed" and self.num_bf16_layers:
             raise ValueError("fp8_recipe = delayed cannot keep first or last layers in bf16; take tensorwise")
-        if self.fp8_param_gather and not engine:
-            raise ValueError("fp8_param_gather needs transformer_impl = transformer_engine")
+        if self.fp8_param_gather and (not engine or self.fp8_recipe == "mxfp8"):
+            raise ValueError(
+                "fp8_param_gather needs transformer_impl = transformer_engine and another recipe than mxfp8"
+            )
+        if self.fp8_margin and engine and self.fp8_recipe != "delayed":
+            raise ValueError(
+                f"fp8_margin: Transformer Engine has none for fp8_recipe = {self.fp8_recipe}; leave it at 0"
+            )
         return self
 
     def _refuse_fp8_options(self) -> None:

@@ -1,9 +1,11 @@
 """Fixtures of all tests: ranks to run on, and tiny HF checkpoints."""
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from rank_pool import RankPool
 from tiny_checkpoint import write_checkpoint
@@ -11,6 +13,19 @@ from tiny_checkpoint import write_checkpoint
 # Cores are shared with ranks and whatever else runs: a slow example is no failure.
 settings.register_profile("shared_cores", deadline=None)
 settings.load_profile("shared_cores")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of hardware or software that is not here are skipped and say why."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing |= dict.fromkeys(("gpu", "te"), "needs a CUDA device")
+    elif find_spec("transformer_engine") is None:
+        missing["te"] = "Transformer Engine is not installed"
+    for item in items:
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ FP8 = {"bf16": True, "fp8": "hybrid"}
             "delayed cannot keep first or last layers in bf16",
         ),
         ({**FP8, "fp8_param_gather": True}, "fp8_param_gather needs transformer_impl = transformer_engine"),
+        ({**ENGINE, "fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_param_gather": True}, "another recipe than mxfp8"),
+        ({**ENGINE, "fp8": "e4m3", "fp8_margin": 1}, "Transformer Engine has none for fp8_recipe = tensorwise"),
         ({"bf16": True, "fp8_param_gather": True}, "need fp8"),
         ({"bf16": True, "num_layers_at_start_in_bf16": 1}, "need fp8"),
     ],
@@ -97,7 +99,9 @@ def test_first_and_last_layers_stay_out() -> None:
 
 
 def test_policies_answer_without_fp8() -> None:
-    assert PrecisionSection(**ENGINE, fp8="e4m3", fp8_margin=2).without_fp8() == PrecisionSection(bf16=True)
+    assert PrecisionSection(**ENGINE, fp8="e4m3", fp8_recipe="delayed", fp8_margin=2).without_fp8() == PrecisionSection(
+        bf16=True
+    )
 
 
 def architecture(**sizes: int) -> Architecture:

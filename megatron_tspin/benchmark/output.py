@@ -17,7 +17,8 @@ _WIDTH = 110  # of the table, also where stdout is no terminal
 def write_result(result: StepResult, folder: Path) -> Path:
     """Writes the JSON file and, where plotly is installed, the plot beside it; returns the JSON file."""
     settings = result.settings
-    stem = f"step_{Path(settings.model).name}_{settings.lengths}_{settings.max_length}{'_bf16' * settings.bf16}"
+    what = f"{Path(settings.model).name}_{settings.lengths}_{settings.max_length}_mb{settings.micro_batch_size}"
+    stem = f"step_{what}{'_bf16' * settings.bf16}"
     target = folder / f"{stem}.json"
     write_json(target, as_json(result))
     if find_spec("plotly") is None:  # as on a GPU machine that has no package index

@@ -43,7 +43,7 @@ everywhere, and the sides have to agree on loss and log-probs before anything is
 speedup over transformers.
 
 reads   the HF checkpoint --model; the triplets are random tokens with the lengths that --lengths describes
-writes  step_<model>_<lengths>_<max length>.json (every repetition) and .html (plot) in --output
+writes  step_<model>_<lengths>_<max length>_mb<micro-batch>.json (every repetition) and .html (plot) in --output
 
 examples
   tspin bench step --quick --model smollm2

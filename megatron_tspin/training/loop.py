@@ -193,6 +193,7 @@ def build_trainer(
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_param_gather=config.precision.fp8_param_gather,
     )
     core = models[0].config
     chunks = [DistributedDataParallel(core, ddp_config, each) for each in models]

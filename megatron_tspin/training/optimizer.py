@@ -9,6 +9,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_tspin.config import OptimizerSection, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.precision import compute_dtype, core_fields
 
 
 class RMSProp(torch.optim.AdamW):
@@ -71,8 +72,9 @@ def build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
         bf16=precision.bf16,
-        params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+        params_dtype=compute_dtype(precision),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_recipe=core_fields(precision).get("fp8_recipe"),  # how updated masters become FP8 parameters
     )
     optimizer = get_megatron_optimizer(config, chunks)
     for part in optimizer.chained_optimizers:

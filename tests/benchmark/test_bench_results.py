@@ -78,7 +78,7 @@ def test_no_headline_without_both_sides(name: str, capsys: pytest.CaptureFixture
 
 def test_files_hold_every_repetition_and_no_path_of_the_machine(tmp_path: Path) -> None:
     target = write_result(make_result(), tmp_path / "results")
-    assert target.name == "step_smol_ultrachat_64.json"
+    assert target.name == "step_smol_ultrachat_64_mb2.json"
     tree = json.loads(target.read_text())
     assert tree["sides"][0]["seconds"] == [6.0, 3.0, 4.0]
     assert tree["sides"][0]["triplets_per_second"] == {"median": 1.5, "low": 1.0, "high": 2.0}

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,12 @@ def bench(checkpoint: Path, output: Path, *more: str) -> int:
     return main(["bench", "step", "--model", str(checkpoint), *fixed, *more])
 
 
+def written(folder: Path) -> Any:
+    """The one result."""
+    (path,) = folder.glob("step_tied_ultrachat_48_mb*.json")
+    return json.loads(path.read_text())
+
+
 def test_sides_take_turns_and_the_result_is_written(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -27,7 +34,7 @@ def test_sides_take_turns_and_the_result_is_written(
     assert bench(tiny_checkpoint("tied"), tmp_path, "--sides", *sides) == EXIT_OK
     printed = capfd.readouterr()
     assert re.fullmatch(r"speedup over transformers: \d+\.\d\d", printed.out.splitlines()[-1])
-    tree = json.loads((tmp_path / "step_tied_ultrachat_48.json").read_text())
+    tree = written(tmp_path)
     measured = {side["name"]: side for side in tree["sides"] if side["seconds"]}
     assert [side["name"] for side in tree["sides"]] == sides
     assert {"transformers", "packed"} <= set(measured)
@@ -118,7 +125,7 @@ def test_time_runs_out_between_rounds(
 ) -> None:
     limits = ["--minutes", "0.0001", "--rounds", "9"]
     assert bench(tiny_checkpoint("tied"), tmp_path, "--sides", "packed", *limits) == EXIT_OK
-    tree = json.loads((tmp_path / "step_tied_ultrachat_48.json").read_text())
+    tree = written(tmp_path)
     assert len(tree["sides"][0]["seconds"]) == 1
 
 

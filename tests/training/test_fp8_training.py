@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fp8_errors import errors
 from rank_pool import in_layout
-from trajectory import gradients, make_config, plain_gradients, train, weights
+from trajectory import make_config, train, weights
 
 RECIPES = {"tensorwise": {}, "rowwise": {"precision.fp8_recipe": "rowwise"}, "e4m3": {"precision.fp8": "e4m3"}}
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -21,25 +22,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def in_fp8(hf: Path, recipe: str, **settings: Any) -> Any:
     return make_config(hf, **{"precision.bf16": True, "precision.fp8": "hybrid", **RECIPES[recipe], **settings})
-
-
-def errors(config: Any, ranks: Any, scratch: Path) -> tuple[float, float]:
-    """Relative distance to fp32 of all log-probs and of the whole gradient."""
-    import torch
-
-    log_probs = ranks(config.parallel.world_size).run(gradients, config, scratch)
-    expected, expected_gradients = plain_gradients(config)
-    assert all(each == log_probs[0] for each in log_probs)
-    found = weights(scratch)
-    ours, theirs = torch.tensor(log_probs[0]), torch.tensor(expected)
-    names = sorted(expected_gradients)
-    ours_grad, theirs_grad = (
-        torch.cat([each[n].float().flatten() for n in names]) for each in (found, expected_gradients)
-    )
-    return (
-        ((ours - theirs).norm() / theirs.norm()).item(),
-        ((ours_grad - theirs_grad).norm() / theirs_grad.norm()).item(),
-    )
 
 
 @pytest.fixture(scope="module")

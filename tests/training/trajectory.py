@@ -113,11 +113,12 @@ def _trainer(config: Config, topology: Any) -> Any:
     from megatron_tspin.checkpoint.convert import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
+    from megatron_tspin.platform import device
     from megatron_tspin.training.loop import build_trainer
 
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     provider = make_model_provider(architecture, config.parallel, config.training, config.precision)
-    model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+    model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage).to(device())
     load_hf(model, topology)
     return build_trainer(config, 1, topology, model, NUM_STEPS)
 
