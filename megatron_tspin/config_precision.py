@@ -98,6 +98,13 @@ class PrecisionSection(Section):
             )
 
     @property
+    def label(self) -> str:
+        """The format of training in a few words."""
+        if self.fp8 is None:
+            return "bf16" if self.bf16 else "fp32"
+        return f"FP8 {self.fp8} {self.fp8_recipe}"
+
+    @property
     def num_bf16_layers(self) -> int:
         """Layers that stay out of FP8."""
         return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16

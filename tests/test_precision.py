@@ -13,6 +13,7 @@ from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.precision import TorchFp8, check_machine, core_fields, describe, in_fp8, torch_fp8
+from megatron_tspin.report.headline import describe_objective
 
 ENGINE = {"bf16": True, "transformer_impl": "transformer_engine"}
 FP8 = {"bf16": True, "fp8": "hybrid"}
@@ -160,3 +161,11 @@ def test_one_line_for_the_log() -> None:
     assert describe(PrecisionSection()) == "fp32, linear layers by torch"
     text = describe(PrecisionSection(**FP8, num_layers_at_start_in_bf16=1))
     assert "FP8 (hybrid, tensorwise scaling) by torch, first 1 and last 0 layers in bf16" in text
+
+
+def test_a_few_words_for_the_report() -> None:
+    assert PrecisionSection().label == "fp32"
+    assert PrecisionSection(bf16=True).label == "bf16"
+    assert PrecisionSection(**FP8, fp8_recipe="rowwise").label == "FP8 hybrid rowwise"
+    plain = describe_objective(run())
+    assert describe_objective(run(precision__bf16=True)) == f"{plain}, bf16"

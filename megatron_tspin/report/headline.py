@@ -112,7 +112,8 @@ def describe_objective(config: Config) -> str:
     }[objective.method]
     nll = f"NLL weight {objective.nll_weight:g}" if objective.nll_weight else ""
     peak = ", ".join(f"{rate:g}" for rate in config.optimizer.lr_by_iteration) or f"{config.optimizer.lr:g}"
-    return ", ".join(part for part in (objective.method, settings, nll, f"lr {peak}") if part)
+    formats = config.precision.label if config.precision.bf16 else ""
+    return ", ".join(part for part in (objective.method, settings, nll, f"lr {peak}", formats) if part)
 
 
 def duration(seconds: float) -> str:

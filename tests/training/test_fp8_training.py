@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fp8_errors import errors
 from rank_pool import in_layout
-from trajectory import make_config, train, weights
+from trajectory import assert_resumes_to_the_bit, make_config
 
 RECIPES = {"tensorwise": {}, "rowwise": {"precision.fp8_recipe": "rowwise"}, "e4m3": {"precision.fp8": "e4m3"}}
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -59,13 +59,7 @@ def test_every_layout_is_as_near(
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
 def test_resuming_changes_no_bit(layout: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     config = in_fp8(tiny_checkpoint("tied"), "tensorwise", **LAYOUTS.get(layout, {}))
-    pool = ranks(config.parallel.world_size)
-    unbroken = pool.run(train, config, tmp_path / "unbroken")[0]
-    resumed = pool.run(train, config, tmp_path / "resumed", 3)[0]
-    assert resumed == unbroken
-    expected = weights(tmp_path / "unbroken")
-    for name, value in weights(tmp_path / "resumed").items():
-        assert value.equal(expected[name]), name
+    assert_resumes_to_the_bit(ranks(config.parallel.world_size), config, tmp_path)
 
 
 def kinds_of_layers(config: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectory import gradients, make_config, plain_gradients, train, train_plainly, weights
+from trajectory import assert_resumes_to_the_bit, gradients, make_config, plain_gradients, train, train_plainly, weights
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -115,10 +115,4 @@ def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_resuming_changes_no_bit(layout: str, optimizer: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint("tied"), **LAYOUTS[layout], **{"optimizer.optimizer": optimizer})
-    pool = ranks(config.parallel.world_size)
-    unbroken = pool.run(train, config, tmp_path / "unbroken")[0]
-    resumed = pool.run(train, config, tmp_path / "resumed", 3)[0]
-    assert resumed == unbroken
-    expected = weights(tmp_path / "unbroken")
-    for name, value in weights(tmp_path / "resumed").items():
-        assert value.equal(expected[name]), name
+    assert_resumes_to_the_bit(ranks(config.parallel.world_size), config, tmp_path)

@@ -144,6 +144,15 @@ def weights(folder: Path) -> dict[str, Any]:
     return found
 
 
+def assert_resumes_to_the_bit(pool: Any, config: Config, folder: Path) -> None:
+    """Training that is stopped after three steps and continued from its files ends with the same losses and weights."""
+    unbroken = pool.run(train, config, folder / "unbroken")[0]
+    assert pool.run(train, config, folder / "resumed", 3)[0] == unbroken
+    expected = weights(folder / "unbroken")
+    for name, value in weights(folder / "resumed").items():
+        assert value.equal(expected[name]), name
+
+
 def train_plainly(config: Config) -> tuple[list[float], dict[str, Any]]:
     """The judge: transformers, one forward pass a response, the paper's formulas, torch's own RMSprop."""
     import torch
