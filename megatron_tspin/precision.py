@@ -16,6 +16,7 @@ from megatron_tspin.platform import has_cuda
 
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 _MXFP8_CAPABILITY = (10, 0)  # Blackwell
+_BLOCKWISE_CUDA = (12, 9)  # Transformer Engine's need
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def compute_dtype(precision: PrecisionSection) -> torch.dtype:
 def uses_engine(precision: PrecisionSection) -> bool:
     """Whether Transformer Engine's linear layers and norms are wanted."""
     return precision.transformer_impl == "transformer_engine"
+
+
+def uses_delayed_scaling(precision: PrecisionSection) -> bool:
+    """Whether FP8 scales come from earlier steps."""
+    return precision.fp8 is not None and precision.fp8_recipe == "delayed"
 
 
 def core_fields(precision: PrecisionSection) -> dict[str, Any]:
@@ -102,6 +108,16 @@ def check_machine(precision: PrecisionSection) -> None:
             f"precision.fp8 = {precision.fp8} with fp8_recipe = {precision.fp8_recipe} needs a GPU of compute "
             f"capability {needed[0]}.{needed[1]}; {torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}: "
             + ("take another --fp8-recipe" if capability >= _FP8_CAPABILITY else "leave --fp8-format out")
+        )
+    _check_cuda(precision)
+
+
+def _check_cuda(precision: PrecisionSection) -> None:
+    version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if precision.fp8_recipe == "blockwise" and version < _BLOCKWISE_CUDA:
+        raise InputError(
+            f"precision.fp8_recipe = blockwise needs a torch of CUDA {_BLOCKWISE_CUDA[0]}.{_BLOCKWISE_CUDA[1]}; this "
+            f"one is of {torch.version.cuda}: take another --fp8-recipe"
         )
 
 

@@ -1,4 +1,4 @@
-"""Ranks that live as long as the test session: spawned once, joined by gloo once, handed functions to run.
+"""Ranks that live as long as the test session: spawned once, joined once, handed functions to run.
 
 Importing torch and megatron-core costs each process seconds, so a test does not start its own. The pytest process keeps
 out of it: the patches of `prepare_platform` are for the ranks alone, also for a single one.
@@ -33,7 +33,7 @@ class RankFailure(Exception):
 
 
 class RankPool:
-    """`world_size` processes joined by gloo. A failure that may leave a rank inside a collective kills the pool."""
+    """`world_size` processes in one group. A failure that may leave a rank inside a collective kills the pool."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
         self.world_size = world_size
@@ -57,6 +57,11 @@ class RankPool:
             Exception: What the lowest failing rank raised, with its traceback as a note.
             RankFailure: A rank died or did not answer in time.
         """
+        import pytest
+        import torch
+
+        if torch.cuda.is_available() and self.world_size > torch.cuda.device_count():
+            pytest.skip(f"{self.world_size} ranks need as many GPUs")
         # The ranks need the search path before they can unpickle the rest.
         job = pickle.dumps((list(sys.path), pickle.dumps((function, args))))
         if not self._processes:
@@ -171,11 +176,11 @@ def _join(rank: int, world_size: int, store: str) -> None:
 
     import torch.distributed as dist
 
-    from megatron_tspin.platform import prepare_platform
+    from megatron_tspin.platform import backend, prepare_platform
 
     prepare_platform()
     dist.init_process_group(
-        "gloo",
+        backend(),
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

@@ -155,6 +155,11 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"capability 10.0; Some GPU has 9.0: take another --fp8-recipe"):
         check_machine(PrecisionSection(**ENGINE, fp8="e4m3", fp8_recipe="mxfp8"))
     check_machine(PrecisionSection(**ENGINE, fp8="e4m3"))
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    with pytest.raises(InputError, match=r"blockwise needs a torch of CUDA 12.9; this one is of 12.8"):
+        check_machine(PrecisionSection(**ENGINE, fp8="e4m3", fp8_recipe="blockwise"))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    check_machine(PrecisionSection(**ENGINE, fp8="e4m3", fp8_recipe="blockwise"))
 
 
 def test_one_line_for_the_log() -> None:

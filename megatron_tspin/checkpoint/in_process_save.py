@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -27,6 +28,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # mega
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         """Writes this rank's tensors and, on rank 0, the metadata of all."""
+        force_all_tensors_to_non_fp8(sharded_state_dict)  # torch would pickle Transformer Engine's classes
         tensors, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         save(
             mcore_to_pyt_state_dict(tensors, False),

@@ -105,7 +105,8 @@ class LoadingPlan:
         tree = _map(self._tree, value)
         of_shards = tree.pop("param_state", None)
         inner = tree.get("optimizer", tree)
-        if "state" in inner:  # torch refuses states without a step
+        counts = all(_counts_by_parameter(part.optimizer) for part in self._optimizer.chained_optimizers)
+        if "state" in inner and counts:  # torch refuses states without a step, fused optimizers those with one
             inner["state"]["common_step"] = torch.tensor(float(self._step))
         self._optimizer.load_state_dict(tree)
         if of_shards is not None:

@@ -23,6 +23,7 @@ from megatron_tspin.objective.packing import row_packing, work_model
 from megatron_tspin.objective.roles import computed_roles
 from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
 from megatron_tspin.platform import device
+from megatron_tspin.precision import uses_delayed_scaling
 from megatron_tspin.records import StepMetrics
 from megatron_tspin.training.learning_rate import learning_rate
 from megatron_tspin.training.metrics import step_metrics
@@ -156,6 +157,10 @@ class Trainer:
             global_batch: The triplets of a step, counted from 0.
             on_step: Called after each step, e.g. to write metrics and checkpoints.
         """
+        if self.iteration == 0 and self.done == 0 and uses_delayed_scaling(self.config.precision):
+            # Delayed scaling has nothing to go by yet, and scales of 1 would turn small gradients into zeros: one pass
+            # whose gradients nobody takes gives it the first values.
+            self.forward_backward(global_batch(0))
         title = f"train iteration {self.iteration}"
         with progress_bar(title, self.num_steps, "step", self.topology.speaks, done=self.done) as bar:
             while self.done < self.num_steps:

@@ -48,6 +48,14 @@ def test_resuming(recipe: str, shards: dict[str, Any], ranks: Any, tiny_checkpoi
 
 
 @pytest.mark.te
+def test_resuming_with_fp8_parameters(ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    flags = {"precision.fp8_param_gather": True, "parallel.use_distributed_optimizer": True}
+    config = make_config(tiny_checkpoint("untied"), **ENGINE, **RECIPES["tensorwise"], **flags)
+    unbroken = ranks(1).run(train, config, tmp_path / "unbroken")[0]
+    assert ranks(1).run(train, config, tmp_path / "resumed", 3)[0] == pytest.approx(unbroken, rel=1e-2)
+
+
+@pytest.mark.te
 def test_fp8_parameters(ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     flags = {"precision.fp8_param_gather": True, "parallel.use_distributed_optimizer": True}
     config = make_config(tiny_checkpoint("untied"), **ENGINE, **RECIPES["tensorwise"], **flags)

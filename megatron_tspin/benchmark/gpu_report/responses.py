@@ -57,6 +57,7 @@ def _owners(rows: Sequence[Rows]) -> Tensor:
 
 def token_log_probs(policy: PolicyModel, rows: Sequence[Rows]) -> Tensor:
     """Log-prob of each response token, fp32 [tokens], in the order of `draw_rows`; by the forward pass that trains."""
+    policy.set_is_first_microbatch()  # megatron-core's schedules do it: FP8 weights are quantised with today's scales
     return torch.cat([run_rows(_by_token(row), policy) for row in rows])
 
 
