@@ -173,6 +173,39 @@ def test_master_weights_pass_from_iteration_to_iteration(ranks, tiny_checkpoint,
         assert moments == 0.0
 
 
+def start_with_fused_optimizer(hf: Path, folder: Path) -> Any:
+    """As an iteration starts where megatron-core took a fused optimizer, which counts steps in its groups alone."""
+    import torch
+
+    from megatron_tspin.checkpoint.store import load_checkpoint, load_masters
+
+    class Fused(torch.optim.Optimizer):
+        """Refuses, as Transformer Engine's FusedAdam does, a state that it does not know."""
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            unknown = {name for state in state_dict["state"].values() for name in state} - {"exp_avg", "exp_avg_sq"}
+            if unknown:
+                raise KeyError(unknown)
+            super().load_state_dict(state_dict)
+
+    with in_layout(layout()) as topology:
+        model = build(hf, layout(), topology, bf16=True)
+        load_checkpoint(folder, model, topology)
+        wrapped, optimizer = wrap(model, layout(), bf16=True)
+        (part,) = optimizer.chained_optimizers
+        part.optimizer.__class__ = Fused
+        load_masters(folder, wrapped, optimizer)
+        finer = any(not torch.equal(p.main_param, p.main_param.bfloat16().float()) for p in model.parameters())
+        return finer, [group["step"] for group in part.optimizer.param_groups]
+
+
+def test_masters_load_into_fused_optimizers(ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    hf, folder = tiny_checkpoint("untied"), tmp_path / "step_00000002"
+    ranks(1).run(finish_iteration, hf, folder, layout())
+    finer, steps = ranks(1).run(start_with_fused_optimizer, hf, folder)[0]
+    assert finer and set(steps) == {0}
+
+
 LAYOUTS = [
     (layout(), layout(tp=2), False),
     (layout(tp=2), layout(pp=2), False),
