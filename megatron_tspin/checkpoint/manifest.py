@@ -95,7 +95,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint `step_XXXXXXXX` of the highest step in a folder; None if there is none.
+    """The whole checkpoint of the highest step in a folder (`step_` and its number); None if there is none.
 
     Broken ones are passed over with a warning that says what is wrong. Nothing but the manifests is trusted.
     """

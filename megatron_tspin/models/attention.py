@@ -122,9 +122,10 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # megatron-core sums the gradients of marked parameters over TP, as each rank saw its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's mark
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight: torch.nn.Parameter = weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises the last dimension of [s, b, h]."""

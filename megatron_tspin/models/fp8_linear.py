@@ -23,6 +23,7 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megatron_tspin.errors import InputError
+from megatron_tspin.models.autograd import already_added, run
 from megatron_tspin.models.fp8_quantize import (
     ALIGNMENT,
     Quantized,
@@ -145,9 +146,7 @@ def _weight_gradient(weight: Tensor, gradient: Quantized, arriving: _Arriving) -
     if main_grad is None:
         return product.to(weight.dtype)
     main_grad.add_(product)
-    # megatron-core's hook on the parameter has to fire, and must not add what it gets.
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+    return already_added(weight)
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
@@ -175,7 +174,7 @@ class _WeightOperands:
     """[k, n]; None as long as nothing has asked for a gradient."""
 
 
-class _Fp8Weight:
+class _Fp8Weight(torch.nn.Module):
     """What both linears share: the plan, and the weight in FP8 until it changes.
 
     Attributes:
@@ -183,12 +182,34 @@ class _Fp8Weight:
             optimizers and checkpoints write through `.data`.
     """
 
+    # Set by megatron-core's classes, which are untyped.
+    tp_group: dist.ProcessGroup
+    weight: torch.nn.Parameter
+    sequence_parallel: bool
+    input_size: int
+    output_size: int
+
     is_first_microbatch: bool
     _plan: _Plan
     _operands: _WeightOperands | None
 
-    def _set_up(self, name: str, plan: _Plan, inputs: int, outputs: int) -> None:
-        tp = get_pg_size(plan.group)
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
+        """Takes what megatron-core's linear takes.
+
+        Raises:
+            InputError: There is a bias, or this rank's inputs or outputs are no multiple of 16.
+        """
+        super().__init__(input_size, output_size, config=config, **options)
+        self._plan, inputs, outputs = self._plan_of(config.torch_fp8)
+        self._operands, self.is_first_microbatch = None, True
+        self._check(_name(options), inputs, outputs)
+
+    def _plan_of(self, settings: TorchFp8) -> tuple[_Plan, int, int]:
+        """The plan, and this rank's inputs and outputs."""
+        raise NotImplementedError
+
+    def _check(self, name: str, inputs: int, outputs: int) -> None:
+        tp = get_pg_size(self._plan.group)
         for what, size in (("inputs", inputs), ("outputs", outputs)):
             if size % ALIGNMENT:
                 raise InputError(
@@ -197,15 +218,13 @@ class _Fp8Weight:
                 )
         if getattr(self, "bias", None) is not None:
             raise InputError(f"linear {name}: has a bias, which FP8 does not add; train without FP8")
-        self._plan, self._operands, self.is_first_microbatch = plan, None, True
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
         """megatron-core's hook for the product: [s, b, k] to [s, b, n], with s as the layout splits it."""
         backward_follows = torch.is_grad_enabled()
         operands = self._current_operands(weight.detach(), backward_follows)
         keep_input = backward_follows and weight.requires_grad
-        output: Tensor = _Fp8Linear.apply(input, weight, operands, self._plan, keep_input)  # type: ignore[no-untyped-call]  # torch's
-        return output
+        return run(_Fp8Linear, input, weight, operands, self._plan, keep_input)
 
     def _current_operands(self, weight: Tensor, backward_follows: bool) -> _WeightOperands:
         split = self._plan.weight_split
@@ -222,45 +241,38 @@ class _Fp8Weight:
 class Fp8ColumnParallelLinear(_Fp8Weight, ColumnParallelLinear):
     """ColumnParallelLinear in FP8, by the settings in `config.torch_fp8`."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
-        """Takes what the parent takes.
+    allreduce_dgrad: bool
+    output_size_per_partition: int
 
-        Raises:
-            InputError: There is a bias, or this rank's inputs or outputs are no multiple of 16.
-        """
-        super().__init__(input_size, output_size, config=config, **options)
+    def _plan_of(self, settings: TorchFp8) -> tuple[_Plan, int, int]:
         split = get_pg_size(self.tp_group) > 1
         plan = _Plan(
-            settings=config.torch_fp8,
+            settings=settings,
             group=self.tp_group,
             input_split=0 if self.sequence_parallel else None,
             weight_split=0 if split else None,
             gradient_split=1 if split else None,
             sums_input_gradient=self.allreduce_dgrad,
         )
-        self._set_up(_name(options), plan, self.input_size, self.output_size_per_partition)
+        return plan, self.input_size, self.output_size_per_partition
 
 
 class Fp8RowParallelLinear(_Fp8Weight, RowParallelLinear):
     """RowParallelLinear in FP8, by the settings in `config.torch_fp8`."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
-        """Takes what the parent takes.
+    input_size_per_partition: int
 
-        Raises:
-            InputError: There is a bias, or this rank's inputs or outputs are no multiple of 16.
-        """
-        super().__init__(input_size, output_size, config=config, **options)
+    def _plan_of(self, settings: TorchFp8) -> tuple[_Plan, int, int]:
         split = get_pg_size(self.tp_group) > 1
         plan = _Plan(
-            settings=config.torch_fp8,
+            settings=settings,
             group=self.tp_group,
             input_split=1 if split else None,
             weight_split=1 if split else None,
             gradient_split=0 if split and self.sequence_parallel else None,
             sums_input_gradient=False,
         )
-        self._set_up(_name(options), plan, self.input_size_per_partition, self.output_size)
+        return plan, self.input_size_per_partition, self.output_size
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         """[s, b, k of this rank] to [s, b, n], of this rank's part of s under sequence parallelism; and no bias."""

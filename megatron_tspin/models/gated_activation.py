@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tspin.models.autograd import run
+
 
 class GatedSiLU(torch.nn.Module):
     """silu(gate) * up, for [..., 2 f] holding gate and up side by side; returns [..., f].
@@ -20,8 +22,7 @@ class GatedSiLU(torch.nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """Activates."""
-        out: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]  # torch's
-        return out
+        return run(_SwiGLU, gate_and_up)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """No weights; megatron-core 0.16's MLP asks each of its modules for them, and torch's own cannot answer."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tspin.models.autograd import already_added, run
+
 # Positions and vocabulary rows of a tile. On a CPU it has to stay in the cache (2 MiB in fp32), on a GPU it has to fill
 # the device (512 MiB); measured by `benchmarks/triplet_step.py`.
 _CPU_TILE = (512, 1024)
@@ -84,8 +86,7 @@ def sequence_log_probs(
         without gradient the entropy in nats and the number of tokens that are the most probable one, both summed
         over the response's tokens.
     """
-    result: Tensor = _SequenceLogProbs.apply(hidden, weight, targets, shard, weight_is_shared)  # type: ignore[no-untyped-call]  # torch's
-    return result
+    return run(_SequenceLogProbs, hidden, weight, targets, shard, weight_is_shared)
 
 
 class _SequenceLogProbs(torch.autograd.Function):
@@ -124,9 +125,7 @@ class _SequenceLogProbs(torch.autograd.Function):
             return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
         if ctx.weight_is_shared:
             return hidden_gradient, None, None, None, None
-        # megatron-core's hook on the parameter has to fire, and must not add what it gets.
-        weight.grad_added_to_main_grad = True
-        return hidden_gradient, torch.empty_like(weight), None, None, None
+        return hidden_gradient, already_added(weight), None, None, None
 
 
 @dataclass

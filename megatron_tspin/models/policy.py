@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_tspin.models.attention import CausalAttention, KeyValueCache
+from megatron_tspin.models.autograd import run
 from megatron_tspin.models.head import (
     ResponseTargets,
     VocabularyShard,
@@ -80,7 +81,7 @@ class PolicyModel(GPTModel):
             raise ValueError("the last stage needs the responses whose log-probs it has to compute")
         log_probs = self._sequence_log_probs(hidden, targets)
         if layout is not None and layout.context.size > 1:
-            log_probs = _SumOverContext.apply(log_probs, layout.context.group)  # type: ignore[no-untyped-call]  # torch's
+            log_probs = run(_SumOverContext, log_probs, layout.context.group)
         return log_probs
 
     def _sequence_log_probs(self, hidden: Tensor, targets: ResponseTargets) -> Tensor:

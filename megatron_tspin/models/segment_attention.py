@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tspin.models.autograd import run
 from megatron_tspin.models.row_layout import AttentionBlock
 from megatron_tspin.models.segment_plan import SegmentPlan, SequenceBatch
 
@@ -31,8 +32,7 @@ def attend_by_plan(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan,
     Returns:
         [s, heads, d].
     """
-    out: Tensor = _SegmentAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]  # torch's
-    return out
+    return run(_SegmentAttention, query, key, value, plan, scale)
 
 
 class _SegmentAttention(torch.autograd.Function):

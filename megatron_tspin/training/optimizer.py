@@ -21,7 +21,7 @@ class RMSProp(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Makes one update; a closure is not supported."""
         if closure is not None:
             raise ValueError("RMSProp.step takes no closure")
