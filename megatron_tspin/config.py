@@ -217,7 +217,7 @@ class ParallelSection(Section):
         model_parallel = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return model_parallel * self.context_parallel_size * self.data_parallel_size
 
-    def row_multiple(self, tokens: int = 1) -> int:
+    def row_length_multiple(self, tokens: int = 1) -> int:
         """What the length of every row has to be a multiple of; the one place that knows.
 
         Under context parallelism each rank holds two equal chunks of a row; under sequence parallelism TP splits those.
@@ -235,7 +235,7 @@ class ParallelSection(Section):
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
-    def rows_multiple(self) -> int:
+    def row_count_multiple(self) -> int:
         """What the number of rows of a replica has to be a multiple of: virtual stages take PP rows at a time."""
         return self.pipeline_model_parallel_size if self.num_virtual_stages > 1 else 1
 
@@ -341,14 +341,14 @@ class Config(Section):
         return self
 
     @property
-    def row_multiple(self) -> int:
+    def row_length_multiple(self) -> int:
         """What the length of every row has to be a multiple of."""
-        return self.parallel.row_multiple(self.precision.tokens_multiple)
+        return self.parallel.row_length_multiple(self.precision.tokens_multiple)
 
     @property
     def row_capacity(self) -> int:
         """Most tokens of a packed row."""
-        training, multiple = self.training, self.row_multiple
+        training, multiple = self.training, self.row_length_multiple
         if training.row_capacity is not None:
             return training.row_capacity
         # Rounded up, as rows are cut down to their multiple and have to hold any triplet.

@@ -111,7 +111,7 @@ class PrecisionSection(Section):
 
     @property
     def tokens_multiple(self) -> int:
-        """What the number of tokens in a linear layer has to be a multiple of; `ParallelSection.row_multiple` uses it.
+        """What the number of tokens in a linear layer has to be a multiple of; for `row_length_multiple`.
 
         FP8 matrix products sum over the tokens for the weight gradient, and their kernels take multiples of 16 there;
         mxfp8 has a scale for each 32.

@@ -2,16 +2,19 @@
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_tspin.config import ParallelSection
-from megatron_tspin.errors import InputError
+from megatron_tspin.errors import InputError, TspinError
 from megatron_tspin.platform import backend, prepare_platform, seed_everything
+
+Value = TypeVar("Value")
 
 # Replicas wait for each other at the end of a generation, where one may have a shard more to do than another.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -38,25 +41,25 @@ class Topology:
     num_virtual_stages: int
     """Groups of layers that this rank holds."""
     sequence_parallel: bool
-    row_multiple: int
-    """See `ParallelSection.row_multiple`."""
-    rows_multiple: int
-    """See `ParallelSection.rows_multiple`."""
+    row_length_multiple: int
+    """See `ParallelSection.row_length_multiple`."""
+    row_count_multiple: int
+    """See `ParallelSection.row_count_multiple`."""
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pipeline_stage(self) -> bool:
         """Whether this rank embeds the tokens."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         """Whether this rank holds the head."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_output_rank(self) -> bool:
         """Whether this rank writes the results of its replica: the head's first TP and CP rank."""
-        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+        return self.is_last_pipeline_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def speaks(self) -> bool:
@@ -123,8 +126,8 @@ def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int 
         cp_group=parallel_state.get_context_parallel_group(),
         num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
-        row_multiple=layout.row_multiple(tokens_multiple),
-        rows_multiple=layout.rows_multiple,
+        row_length_multiple=layout.row_length_multiple(tokens_multiple),
+        row_count_multiple=layout.row_count_multiple,
     )
 
 
@@ -137,7 +140,7 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_from_last_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+def broadcast_from_last_pipeline_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Gives every pipeline stage the last stage's values, in place."""
     if topology.pp_size > 1:
         dist.broadcast(tensor, group=topology.pp_group, group_src=topology.pp_size - 1)
@@ -149,3 +152,21 @@ def sum_over_replicas(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
     if topology.dp_size > 1:
         dist.all_reduce(tensor, group=topology.dp_group)
     return tensor
+
+
+def on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
+    """What `compute` returns on rank 0, on all ranks; what it raises there, all raise. It must survive pickling.
+
+    For everything that is read from the disk to decide what to do: a network file system may show two ranks two states.
+    """
+    answer: list[Any] = [None, None]
+    if topology.rank == 0:
+        try:
+            answer[0] = compute()
+        except TspinError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    value: Value = answer[0]
+    return value

@@ -41,7 +41,7 @@ def compute_dtype(precision: PrecisionSection) -> torch.dtype:
     return torch.bfloat16 if precision.bf16 else torch.float32
 
 
-def uses_engine(precision: PrecisionSection) -> bool:
+def uses_transformer_engine(precision: PrecisionSection) -> bool:
     """Whether Transformer Engine's linear layers and norms are wanted."""
     return precision.transformer_impl == "transformer_engine"
 
@@ -58,7 +58,7 @@ def core_fields(precision: PrecisionSection) -> dict[str, Any]:
     """
     dtype = compute_dtype(precision)
     fields: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": precision.bf16}
-    if precision.fp8 is None or not uses_engine(precision):
+    if precision.fp8 is None or not uses_transformer_engine(precision):
         return fields
     return fields | {
         "fp8": precision.fp8,
@@ -75,7 +75,7 @@ def core_fields(precision: PrecisionSection) -> dict[str, Any]:
 
 def torch_fp8(precision: PrecisionSection) -> TorchFp8 | None:
     """Settings of our own FP8 layers; None where there are none."""
-    if precision.fp8 is None or uses_engine(precision):
+    if precision.fp8 is None or uses_transformer_engine(precision):
         return None
     return TorchFp8(
         forward=torch.float8_e4m3fn,
@@ -97,8 +97,8 @@ def check_machine(precision: PrecisionSection) -> None:
     Raises:
         InputError: Names the setting, what is missing and what to set instead.
     """
-    if uses_engine(precision):
-        check_engine("precision.transformer_impl = transformer_engine", "--transformer-impl local")
+    if uses_transformer_engine(precision):
+        check_transformer_engine("precision.transformer_impl = transformer_engine", "--transformer-impl local")
     if precision.fp8 is None or not has_cuda():
         return
     capability = torch.cuda.get_device_capability()
@@ -121,7 +121,7 @@ def _check_cuda(precision: PrecisionSection) -> None:
         )
 
 
-def check_engine(setting: str, instead: str) -> None:
+def check_transformer_engine(setting: str, instead: str) -> None:
     """Refuses a setting that needs Transformer Engine where that cannot run.
 
     Raises:
@@ -138,7 +138,7 @@ def check_engine(setting: str, instead: str) -> None:
 def describe(precision: PrecisionSection) -> str:
     """One line for the log: what is computed in which format, and by what."""
     base = "bf16 with fp32 masters" if precision.bf16 else "fp32"
-    by = "Transformer Engine" if uses_engine(precision) else "torch"
+    by = "Transformer Engine" if uses_transformer_engine(precision) else "torch"
     if precision.fp8 is None:
         return f"{base}, linear layers by {by}"
     kept = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from rank_pool import RankPool
-from tiny_checkpoint import write_checkpoint
+
+from tests.rank_pool import RankPool
+from tests.tiny_checkpoint import write_checkpoint
 
 # Cores are shared with ranks and whatever else runs: a slow example is no failure.
 settings.register_profile("shared_cores", deadline=None)

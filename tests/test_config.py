@@ -258,7 +258,7 @@ def test_packed_batches_may_have_any_size() -> None:
     ],
 )
 def test_lengths_of_rows_suit_the_layout(parallel: dict[str, Any], multiple: int) -> None:
-    assert ParallelSection(**parallel).row_multiple() == multiple
+    assert ParallelSection(**parallel).row_length_multiple() == multiple
 
 
 @given(
@@ -281,7 +281,7 @@ def test_rows_hold_any_triplet_by_default(seq_length: int, micro_batch_size: int
             "parallel.sequence_parallel": tensor > 1,
         },
     )
-    multiple = config.row_multiple
+    multiple = config.row_length_multiple
     most = config.row_capacity // multiple * multiple
     least = max(3, micro_batch_size) * seq_length
     assert least <= most

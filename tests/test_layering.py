@@ -31,7 +31,7 @@ LAYERS = [
     {"platform", "parallel", "precision"},
     {"models", "data"},
     {"checkpoint", "objective"},
-    {"training", "generation"},
+    {"conversion", "training", "generation"},
     {"selfplay", "report", "benchmark"},
     {"cli"},
 ]

@@ -72,7 +72,7 @@ def test_rows_have_as_many_tokens_as_kernels_need(
 ) -> None:
     flags = {f"precision__{name}": value for name, value in precision.items()}
     flags |= {f"parallel__{name}": value for name, value in parallel.items()}
-    assert run(**flags).row_multiple == multiple
+    assert run(**flags).row_length_multiple == multiple
 
 
 def test_fields_of_megatron_core() -> None:

@@ -4,10 +4,10 @@ import os
 import time
 
 import pytest
-from rank_pool import RankFailure, in_layout
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import InputError
+from tests.rank_pool import RankFailure, in_layout
 
 
 def _sum_of_ranks(tp: int, pp: int) -> tuple[int, int, float]:

@@ -16,11 +16,11 @@ from megatron_tspin.benchmark.machine import describe_machine
 from megatron_tspin.benchmark.own_side import ALONE
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.conversion.parity import Sentence
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.records import Differences
 from megatron_tspin.storage import write_json
-from megatron_tspin.training.parity import Sentence
 from megatron_tspin.training.precision_noise import differences
 
 _log = get_logger(__name__)
@@ -89,7 +89,7 @@ def _score(
 ) -> tuple[list[float], float]:
     """Log-probs of all responses, and the seconds that a pass takes."""
     from megatron_tspin.benchmark.timing import timed
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.objective.scoring import score_pairs

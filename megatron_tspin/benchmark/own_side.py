@@ -32,7 +32,7 @@ class OwnSide:
 
     def zero_gradients(self) -> None:
         """See `sides.Side`. The trainer does it at the start of each step, inside the timed part."""
-        self._trainer.policy.zero_grad_buffer()
+        self._trainer.ddp.zero_grad_buffer()
 
     def forward_backward(self) -> dict[str, float]:
         """See `sides.Side`."""
@@ -86,7 +86,7 @@ def make_config(name: str, settings: StepSettings) -> Config:
 
 def _make_trainer(config: Config, still_open: ExitStack) -> Any:
     """A trainer with the checkpoint's weights; `still_open` keeps this process's groups."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
     from megatron_tspin.parallel import distributed

@@ -1,7 +1,7 @@
 """Which HF tensors make which megatron-core tensor: one table per family, read in both directions.
 
-A core tensor on one TP rank is a concatenation of row (or column) ranges of HF tensors. `segments` lists those ranges;
-loading copies along them from HF to core, exporting from core to HF. No torch here.
+A core tensor on one TP rank is a concatenation of row (or column) ranges of HF tensors. `source_ranges` lists
+those; loading copies along them from HF to core, exporting from core to HF. No torch here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Segment:
+class SourceRange:
     """Rows (`dim` 0) or columns (`dim` 1) `start:stop` of the HF tensor number `source` of a weight."""
 
     source: int
@@ -131,29 +131,29 @@ def core_shape(weight: Weight, architecture: Architecture, tp_size: int) -> tupl
             return (sum(shape[0] for shape in weight.shapes) // tp_size, first[1])
 
 
-def segments(weight: Weight, architecture: Architecture, tp_rank: int, tp_size: int) -> list[Segment]:
+def source_ranges(weight: Weight, architecture: Architecture, tp_rank: int, tp_size: int) -> list[SourceRange]:
     """The HF ranges that follow each other in the weight on one TP rank.
 
-    They all run along one dimension. Only a padded vocabulary has more core rows than its segments fill.
+    They all run along one dimension. Only a padded vocabulary has more core rows than its source_ranges fill.
     """
     match weight.kind:
         case Kind.REPLICATED:
-            return [Segment(0, 0, 0, weight.shapes[0][0])]
+            return [SourceRange(0, 0, 0, weight.shapes[0][0])]
         case Kind.VOCABULARY:
             size = architecture.padded_vocab_size(tp_size) // tp_size
             start, stop = (min(size * rank, architecture.vocab_size) for rank in (tp_rank, tp_rank + 1))
-            return [Segment(0, 0, start, stop)] if stop > start else []
+            return [SourceRange(0, 0, start, stop)] if stop > start else []
         case Kind.COLUMNS:
             size = weight.shapes[0][1] // tp_size
-            return [Segment(0, 1, size * tp_rank, size * (tp_rank + 1))]
+            return [SourceRange(0, 1, size * tp_rank, size * (tp_rank + 1))]
         case Kind.GATE_UP:
             size = weight.shapes[0][0] // tp_size
-            return [Segment(source, 0, size * tp_rank, size * (tp_rank + 1)) for source in (0, 1)]
+            return [SourceRange(source, 0, size * tp_rank, size * (tp_rank + 1)) for source in (0, 1)]
         case Kind.QKV:
-            return _qkv_segments(architecture, tp_rank, tp_size)
+            return _qkv_ranges(architecture, tp_rank, tp_size)
 
 
-def _qkv_segments(architecture: Architecture, tp_rank: int, tp_size: int) -> list[Segment]:
+def _qkv_ranges(architecture: Architecture, tp_rank: int, tp_size: int) -> list[SourceRange]:
     """An equal range of rows of the interleaved tensor; it may begin and end inside a query group."""
     head, groups = architecture.head_dim, architecture.num_kv_heads
     queries = architecture.num_heads // groups * head
@@ -165,6 +165,6 @@ def _qkv_segments(architecture: Architecture, tp_rank: int, tp_size: int) -> lis
             start, stop = max(first, row), min(last, row + rows)
             if start < stop:
                 shift = group * rows - row
-                found.append(Segment(source, 0, start + shift, stop + shift))
+                found.append(SourceRange(source, 0, start + shift, stop + shift))
             row += rows
     return found

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, Segment, weights
+from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, SourceRange, weights
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.models.hf_config import Architecture
@@ -66,15 +66,15 @@ class HFFolder:
     def _stored_dtype(self, name: str) -> str:
         return str(self._files[name].get_slice(name).get_dtype())
 
-    def read(self, name: str, segment: Segment | None = None) -> Tensor:
+    def read(self, name: str, source_range: SourceRange | None = None) -> Tensor:
         """Reads a tensor, or the rows or columns of one, and no more than those."""
         stored = self._files[name].get_slice(name)
-        if segment is None:
+        if source_range is None:
             tensor: Tensor = stored[:]
-        elif segment.dim == 0:
-            tensor = stored[segment.start : segment.stop]
+        elif source_range.dim == 0:
+            tensor = stored[source_range.start : source_range.stop]
         else:
-            tensor = stored[:, segment.start : segment.stop]
+            tensor = stored[:, source_range.start : source_range.stop]
         return tensor
 
     def check(self, architecture: Architecture) -> None:

@@ -48,7 +48,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
-from megatron_tspin.precision import check_engine, check_machine
+from megatron_tspin.precision import check_machine, check_transformer_engine
 from megatron_tspin.storage import fsync_path
 
 __all__ = [
@@ -92,13 +92,13 @@ def build_chunks(
     architecture.check_precision(parallel, precision)
     check_machine(precision)
     if training.packed_attention == "thd":
-        check_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
+        check_transformer_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
     provide = make_model_provider(architecture, parallel, training, precision)
     last = topology.num_virtual_stages - 1
     chunks = [
         provide(
-            pre_process=topology.is_first_stage and stage == 0,
-            post_process=topology.is_last_stage and stage == last,
+            pre_process=topology.is_first_pipeline_stage and stage == 0,
+            post_process=topology.is_last_pipeline_stage and stage == last,
             vp_stage=stage if last else None,
         )
         for stage in range(last + 1)

@@ -200,7 +200,7 @@ def run_noise(args: argparse.Namespace) -> int:
     """Runs the comparison of number formats."""
     from megatron_tspin.benchmark.noise import measure_formats, report_formats
     from megatron_tspin.cli.quickstart import example_folder
-    from megatron_tspin.training.parity import read_sentences
+    from megatron_tspin.conversion.parity import read_sentences
 
     model = args.model or example_folder() / "checkpoint"
     sentences = read_sentences(model, args.data)[: args.limit]

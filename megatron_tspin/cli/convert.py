@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--verify-data: only used together with --verify")
     layout = layout_of(args)
     enter_ranks(layout)
-    from megatron_tspin.training.conversion import convert_checkpoint
+    from megatron_tspin.conversion.stages import convert_checkpoint
 
     hf_checkpoint = Path(overrides(args)["model.hf_checkpoint"])
     convert_checkpoint(hf_checkpoint, args.save, layout, args.verify, args.verify_data, args.bound)
@@ -67,7 +67,7 @@ def _convert_for_run(args: argparse.Namespace) -> int:
         raise InputError("--save, --verify and --verify-data are for converting without a run; leave out --config")
     config = config_of(args)
     enter_ranks(config.parallel)
-    from megatron_tspin.training.conversion import convert_run
+    from megatron_tspin.conversion.stages import convert_run
 
     with only_writer(config):
         convert_run(config)

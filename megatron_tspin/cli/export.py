@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     require(args, load="--load", model__hf_checkpoint="--hf-checkpoint", save="--save")
     layout = layout_of(args)
     enter_ranks(layout)
-    from megatron_tspin.training.conversion import export_checkpoint
+    from megatron_tspin.conversion.stages import export_checkpoint
 
     export_checkpoint(args.load, Path(overrides(args)["model.hf_checkpoint"]), args.save, layout)
     return EXIT_OK
@@ -51,7 +51,7 @@ def _export_for_run(args: argparse.Namespace) -> int:
         raise InputError("--load and --save are for exporting without a run; leave out --config")
     config = config_of(args)
     enter_ranks(config.parallel)
-    from megatron_tspin.training.conversion import export_run
+    from megatron_tspin.conversion.stages import export_run
 
     with only_writer(config):
         export_run(config)

@@ -104,14 +104,14 @@ class Engine:
     def _forward(self, tokens: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor | None:
         """One pass through all stages; logits [b, V] on the last stage, None elsewhere."""
         topology, config = self._topology, self._model.config
-        if not topology.is_first_stage:
+        if not topology.is_first_pipeline_stage:
             hidden = torch.empty(
                 tokens.shape[1], tokens.shape[0], config.hidden_size, dtype=config.params_dtype, device=device()
             )
             dist.recv(hidden, group=topology.pp_group, group_src=topology.pp_rank - 1)
             self._model.set_input_tensor(hidden)
         output: Tensor = self._model(tokens, position_ids, mask, next_token_logits=True)
-        if topology.is_last_stage:
+        if topology.is_last_pipeline_stage:
             return output
         dist.send(output.contiguous(), group=topology.pp_group, group_dst=topology.pp_rank + 1)
         return None

@@ -13,7 +13,7 @@ from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.paths import HELD_OUT, TRAIN, document_stem, examples_path
-from megatron_tspin.data.triplets import binding_facts
+from megatron_tspin.data.role_documents import binding_facts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import evaluate_policy
 from megatron_tspin.generation.player import Player, load_player

@@ -15,16 +15,16 @@ from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.attention import CausalAttention, RMSNorm
 from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_tspin.models.gated_activation import GatedSiLU
-from megatron_tspin.precision import in_fp8, uses_engine
+from megatron_tspin.precision import in_fp8, uses_transformer_engine
 
 
 def block_spec(
     precision: PrecisionSection, first_layer: int, count: int, num_layers: int
 ) -> TransformerBlockSubmodules:
     """The layers `first_layer` (from 0, through the whole network) and following of a stage, and the last norm."""
-    if uses_engine(precision):
+    if uses_transformer_engine(precision):
         # Which of these compute in FP8 megatron-core decides, layer by layer, from its config.
-        return TransformerBlockSubmodules(layer_specs=[engine_layer()] * count, layer_norm=_engine_norm())
+        return TransformerBlockSubmodules(layer_specs=[te_layer()] * count, layer_norm=_te_norm())
     kinds = [in_fp8(precision, first_layer + i, num_layers) for i in range(count)]
     layer_of = {kind: local_layer(fp8=kind) for kind in set(kinds)}
     layers = [layer_of[kind] for kind in kinds]
@@ -43,13 +43,13 @@ def local_layer(fp8: bool) -> ModuleSpec:
     return layer
 
 
-def engine_layer() -> ModuleSpec:
+def te_layer() -> ModuleSpec:
     """megatron-core's layer of Transformer Engine's linears with the norms fused in, with our attention."""
     layer, _, _ = _with_our_attention(get_gpt_layer_with_transformer_engine_spec())
     return layer
 
 
-def _engine_norm() -> Any:
+def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm  # a stub where Transformer Engine is missing
 
     return TENorm

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tspin.models.engine_attention import fits, thd_attention
 from megatron_tspin.models.row_layout import RowLayout
 from megatron_tspin.models.segment_attention import attend_by_plan
 from megatron_tspin.models.segment_plan import plan_segments
+from megatron_tspin.models.te_attention import fits, thd_attention
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, float, int | None], Tensor]
 """Queries [s, heads, d] of this rank, keys and values [t, groups, d] of the whole row, the layout, the softmax scale,
@@ -111,7 +111,7 @@ def segment_attention(
     return attend_by_plan(query, key, value, plan, scale)
 
 
-def engine_attention(
+def te_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
 ) -> Tensor:
     """Transformer Engine's attention; rows that it cannot express (a scored prompt with two responses) go to `flex`."""
@@ -122,6 +122,6 @@ def engine_attention(
 BACKENDS: dict[str, PackedAttention] = {
     "segments": segment_attention,
     "flex": flex_attention,
-    "thd": engine_attention,
+    "thd": te_attention,
     "dense": dense_attention,
 }

@@ -18,7 +18,7 @@ from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.platform import device
-from megatron_tspin.precision import TorchFp8, core_fields, torch_fp8, uses_engine
+from megatron_tspin.precision import TorchFp8, core_fields, torch_fp8, uses_transformer_engine
 
 ModelProvider = Callable[..., PolicyModel]
 
@@ -53,7 +53,7 @@ def transformer_config(
         softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
         sliding_window_keys=architecture.sliding_window,
         packed_attention=choose_backend(
-            training.packed_attention, device(), uses_engine(precision), training.share_prompts
+            training.packed_attention, device(), uses_transformer_engine(precision), training.share_prompts
         ),
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,

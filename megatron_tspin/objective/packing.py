@@ -94,19 +94,19 @@ class Packing:
         multiple: Row lengths are multiples of this.
         share_prompts: One prompt a triplet, or one a response.
         uniform: All rows of a global batch are equally long, as pipelines need.
-        rows_multiple: The rows of a replica are a multiple of this, as virtual pipeline stages need.
+        row_count_multiple: The rows of a replica are a multiple of this, as virtual pipeline stages need.
     """
 
     capacity: int
     multiple: int
     share_prompts: bool = True
     uniform: bool = False
-    rows_multiple: int = 1
+    row_count_multiple: int = 1
 
 
 def row_packing(config: Config) -> Packing | None:
     """The configured way to pack; None where rows are padded."""
-    training, multiple = config.training, config.row_multiple
+    training, multiple = config.training, config.row_length_multiple
     if training.layout == "padded":
         return None
     return Packing(
@@ -114,7 +114,7 @@ def row_packing(config: Config) -> Packing | None:
         multiple=multiple,
         share_prompts=training.share_prompts,
         uniform=config.parallel.pipeline_model_parallel_size > 1,
-        rows_multiple=config.parallel.rows_multiple,
+        row_count_multiple=config.parallel.row_count_multiple,
     )
 
 
@@ -150,9 +150,9 @@ def plan_rows(shapes: Sequence[Shape], packing: Packing, work: WorkModel, replic
     costs = [work.training(shape, packing.share_prompts) for shape in shapes]
     order = sorted(range(len(shapes)), key=lambda i: (-costs[i], i))
     count = -(-max(sum(sizes), 1) // packing.capacity)
-    rounds = _cover(-(-count // replicas), packing.rows_multiple)
+    rounds = _cover(-(-count // replicas), packing.row_count_multiple)
     while (bins := _place(order, sizes, costs, packing.capacity, rounds * replicas)) is None:
-        rounds += packing.rows_multiple
+        rounds += packing.row_count_multiple
     return _share_out(bins, sizes, costs, packing, replicas)
 
 

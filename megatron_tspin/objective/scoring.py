@@ -15,7 +15,7 @@ from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.forward import run_rows
 from megatron_tspin.objective.packing import Packing, Shape, plan_rows, work_model
 from megatron_tspin.objective.rows import Pair, Rows, pack_row
-from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
+from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas
 from megatron_tspin.platform import device
 
 _ROWS_PER_STAGE = 4
@@ -51,9 +51,9 @@ def score_pairs(
             shapes = [group.shape for group in groups]
             packing = Packing(
                 capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
-                multiple=topology.row_multiple,
+                multiple=topology.row_length_multiple,
                 uniform=topology.pp_size > 1,
-                rows_multiple=topology.rows_multiple,
+                row_count_multiple=topology.row_count_multiple,
             )
             planned = plan_rows(shapes, packing, work, topology.dp_size)[topology.dp_rank]
             members = [[groups[i] for i in row.members] for row in planned]
@@ -62,11 +62,11 @@ def score_pairs(
                 for each, row in zip(members, planned, strict=True)
             ]
             outputs = _run(chunks, rows)
-            if topology.is_last_stage:
+            if topology.is_last_pipeline_stage:
                 indices = [index for each in members for group in each for index in group.indices]
                 scores[torch.tensor(indices, dtype=torch.int64, device=device())] = torch.cat(outputs).double()
             bar.update(sum(len(group.responses) for group in groups))
-    broadcast_from_last_stage(sum_over_replicas(scores, topology), topology)
+    broadcast_from_last_pipeline_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values
 

@@ -21,7 +21,7 @@ from megatron_tspin.objective.batches import BatchPlanner, Triplet
 from megatron_tspin.objective.forward import SUMMED, make_forward_step
 from megatron_tspin.objective.packing import row_packing, work_model
 from megatron_tspin.objective.roles import computed_roles
-from megatron_tspin.parallel import Topology, broadcast_from_last_stage, sum_over_replicas
+from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas
 from megatron_tspin.platform import device
 from megatron_tspin.precision import uses_delayed_scaling
 from megatron_tspin.records import StepMetrics
@@ -61,7 +61,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.roles = computed_roles(self.config.objective.method, iteration_beta(self.config, self.iteration))
-        self.planner = batch_planner(self.config, self.roles, self.topology, self.policy.module.architecture)
+        self.planner = batch_planner(self.config, self.roles, self.topology, self.ddp.module.architecture)
         self._forward_step = make_forward_step(self.config.objective, iteration_beta(self.config, self.iteration))
         self._run_schedule = get_forward_backward_func()
 
@@ -100,7 +100,7 @@ class Trainer:
         )
 
     @property
-    def policy(self) -> Any:
+    def ddp(self) -> Any:
         """The DDP of the only virtual stage, or of the first one."""
         return self.chunks[0]
 
@@ -132,9 +132,9 @@ class Trainer:
             forward_only=False,
         )
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device())
-        if self.topology.is_last_stage:
+        if self.topology.is_last_pipeline_stage:
             sums += torch.stack(outputs).sum(dim=0)
-        return broadcast_from_last_stage(sum_over_replicas(sums, self.topology), self.topology)
+        return broadcast_from_last_pipeline_stage(sum_over_replicas(sums, self.topology), self.topology)
 
     def _refuse_divergence(self, loss: float, norm: float, triplets: list[Triplet]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -179,7 +179,7 @@ def batch_planner(
         work=work_model(architecture),
         roles=roles,
         micro_batch_size=config.training.micro_batch_size,
-        multiple=topology.row_multiple,
+        multiple=topology.row_length_multiple,
         replica=topology.dp_rank,
         replicas=topology.dp_size,
         context=ContextShare(topology.cp_rank, topology.cp_size, topology.cp_group),

@@ -25,7 +25,7 @@ from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
-from megatron_tspin.precision import describe, uses_engine
+from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse, StepMetrics
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, write_text
@@ -81,7 +81,7 @@ def _log_rows(config: Config) -> None:
         _log.info("rows: padded, one a response")
         return
     backend = choose_backend(
-        config.training.packed_attention, device(), uses_engine(config.precision), packing.share_prompts
+        config.training.packed_attention, device(), uses_transformer_engine(config.precision), packing.share_prompts
     )
     shared = "shared" if packing.share_prompts else "not shared"
     _log.info("rows: packed up to %d tokens, prompts %s, attention by %s", packing.capacity, shared, backend)

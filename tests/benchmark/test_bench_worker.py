@@ -66,9 +66,8 @@ def test_failures_are_said_in_one_line(word: str, message: str) -> None:
 
 
 PARENT = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_bench_worker import busy
+import time
+from tests.benchmark.test_bench_worker import busy
 from megatron_tspin.benchmark.worker import Child
 if __name__ == "__main__":
     print(Child(busy).ask(), flush=True)
@@ -78,7 +77,7 @@ if __name__ == "__main__":
 
 def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(tests=str(Path(__file__).parent)))
+    script.write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None

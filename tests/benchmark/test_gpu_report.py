@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fake_check
 import pytest
-from test_bench_worker import gone_soon
 
 from megatron_tspin.benchmark.gpu_report import child, report, runner
 from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, SKIPPED, Outcome, status_of
@@ -24,18 +22,20 @@ from megatron_tspin.benchmark.gpu_report.runner import CheckRun
 from megatron_tspin.benchmark.gpu_report.table import WIDTH, render
 from megatron_tspin.cli.main import main
 from megatron_tspin.errors import EXIT_INPUT, InputError
+from tests.benchmark import fake_check
+from tests.benchmark.test_bench_worker import gone_soon
 
 TEXTS = ("versions", "model")  # cases whose figures are none of the table's columns
 FAKE = Check("fake", "a check", limit=40, case_limit=1.5, columns=("value",))
-HERE = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
-def run(folder: Path, module: str = "fake_check", limit: float = 40.0, **more: Any) -> CheckResult:
+def run(folder: Path, module: str = "tests.benchmark.fake_check", limit: float = 40.0, **more: Any) -> CheckResult:
     return CheckRun(FAKE, folder, reduced=False, limit=limit, module=module, **more).run()
 
 
@@ -68,7 +68,7 @@ def test_a_check_ends_at_its_limit_and_keeps_what_it_has(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("importable")
 def test_a_check_that_cannot_start_says_why(tmp_path: Path) -> None:
-    result = run(tmp_path, "broken_check")
+    result = run(tmp_path, "tests.benchmark.broken_check")
     assert result.status == FAILED and not result.cases
     assert result.reason is not None and "exit code 1" in result.reason and "no such library" in result.reason
 
@@ -85,7 +85,7 @@ def test_a_broken_device_ends_the_process_and_the_next_one_goes_on(monkeypatch: 
 
 PARENT = """
 from pathlib import Path
-from test_gpu_report import run
+from tests.benchmark.test_gpu_report import run
 if __name__ == "__main__":
     run(Path({folder!r}), limit=60.0)
 """
@@ -95,9 +95,7 @@ def test_processes_end_with_the_report(tmp_path: Path) -> None:
     """The reporting process is killed while a case hangs."""
     script, pid_file = tmp_path / "parent.py", tmp_path / "pid"
     script.write_text(PARENT.format(folder=str(tmp_path)))
-    root = HERE.parents[1]
-    paths = os.pathsep.join(map(str, (HERE, HERE.parent, root)))
-    environment = os.environ | {"PYTHONPATH": paths, fake_check.PID_FILE: str(pid_file)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), fake_check.PID_FILE: str(pid_file)}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment)
     try:
         deadline = time.monotonic() + 60
@@ -172,7 +170,7 @@ def test_a_report_without_time_left_says_so(tmp_path: Path) -> None:
 
 
 def test_unknown_checks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--only speed: no such check; there are environment, engine"):
+    with pytest.raises(InputError, match="--only speed: no such check; there are environment, te"):
         report.chosen_checks(("speed",))
     assert main(["bench", "gpu", "--out", str(tmp_path), "--only", "speed"]) == EXIT_INPUT
 

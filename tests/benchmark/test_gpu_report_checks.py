@@ -13,7 +13,7 @@ from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, Outcome
 from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME
 
 HERE = Path(__file__).resolve().parent
-IN_ONE_PROCESS = ("engine", "parity", "attention", "head", "step", "generation")
+IN_ONE_PROCESS = ("te", "parity", "attention", "head", "step", "generation")
 NOT_ON_THIS_CPU = "only supports per-tensor scaling for CPU"
 """torch 2.11 of its FP8 products."""
 NO_ENGINE = "Transformer Engine is not installed"
@@ -68,7 +68,7 @@ def test_log_probs_differ_as_the_formats_do(outcomes: Outcomes) -> None:
 def test_gradients_differ_as_the_formats_do(outcomes: Outcomes) -> None:
     errors = {
         name: {key: float(value) for key, value in case.figures.items()}
-        for name, case in outcomes["engine"].items()
+        for name, case in outcomes["te"].items()
         if case.status == OK
     }
     rounded = errors["policy of 2 layers, bf16"]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tspin.benchmark.noise import NOISE_FORMATS, measure_formats, report_formats
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.training.parity import Sentence
+from megatron_tspin.conversion.parity import Sentence
 
 SENTENCES = [
     Sentence(f"sentence {number}", [number + 3, 7, 9], [(5 * number + i) % 90 + 3 for i in range(20)])

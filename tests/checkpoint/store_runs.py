@@ -59,7 +59,7 @@ def whole_parameters(model: Any, topology: Any, hf: Path, target: Path) -> dict[
     import torch
     from safetensors.torch import load_file
 
-    from megatron_tspin.checkpoint.convert import export_hf
+    from megatron_tspin.checkpoint.hf_weights import export_hf
 
     export_hf(model, topology, hf, target, dtype=torch.float32)
     return {name: tensor.numpy() for name, tensor in load_file(target / "model.safetensors").items()}

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.rank_pool import in_layout
 
 LENGTH = 3
 
 
-def engine_like(hf: Path, parallel: ParallelSection, topology: Any, length: int) -> Any:
+def te_like(hf: Path, parallel: ParallelSection, topology: Any, length: int) -> Any:
     """A policy whose linears of queries, keys and values claim to be FP8 layers of Transformer Engine."""
     from types import SimpleNamespace
 
@@ -63,11 +63,11 @@ def found(policy: Any) -> dict[int, list[float]]:
 
 
 def save(hf: Path, folder: Path, parallel: ParallelSection) -> None:
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import save_checkpoint
 
     with in_layout(parallel) as topology:
-        policy = engine_like(hf, parallel, topology, LENGTH)
+        policy = te_like(hf, parallel, topology, LENGTH)
         load_hf(policy, topology)
         fill(policy)
         save_checkpoint(folder, policy, topology)
@@ -77,7 +77,7 @@ def load(hf: Path, folder: Path, parallel: ParallelSection, length: int) -> Any:
     from megatron_tspin.checkpoint.store import load_checkpoint
 
     with in_layout(parallel) as topology:
-        policy = engine_like(hf, parallel, topology, length)
+        policy = te_like(hf, parallel, topology, length)
         load_checkpoint(folder, policy, topology)
         return found(policy)
 

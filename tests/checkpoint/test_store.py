@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from store_runs import build, layout, wrap
 
 from megatron_tspin.checkpoint.manifest import describe_files, latest_checkpoint, verify_checkpoint, write_manifest
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
+from tests.checkpoint.store_runs import build, layout, wrap
+from tests.rank_pool import in_layout
 
 
 def save_plain(hf: Path, folder: Path, parallel: ParallelSection, state: dict[str, Any]) -> None:
     """A checkpoint without optimizer."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import save_checkpoint
 
     with in_layout(parallel) as topology:

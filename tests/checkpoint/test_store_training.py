@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from store_runs import build, layout, step, whole_parameters, wrap
 
 from megatron_tspin.config import ParallelSection
+from tests.checkpoint.store_runs import build, layout, step, whole_parameters, wrap
+from tests.rank_pool import in_layout
 
 
 def train_and_save(hf: Path, folder: Path, parallel: ParallelSection, bf16: bool, scratch: Path) -> dict[str, Any]:
     """Two steps, a checkpoint, a third step: its weights are the answer."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import save_checkpoint
 
     with in_layout(parallel) as topology:
@@ -42,7 +42,7 @@ def load_and_train(hf: Path, folder: Path, parallel: ParallelSection, bf16: bool
 
 def finish_iteration(hf: Path, folder: Path, parallel: ParallelSection) -> Any:
     """Two steps in bf16, then what an iteration ends with; this rank's masters by parameter."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import save_checkpoint
 
     with in_layout(parallel) as topology:

@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-from selfplay.fake_world import write_world
+
+from tests.selfplay.fake_world import write_world
 
 
 @pytest.fixture

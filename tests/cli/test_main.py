@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selfplay.fake_world import tree_of
 
 from megatron_tspin.cli import main as main_module
 from megatron_tspin.cli.main import build_parser, main
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_source import dump_config
 from megatron_tspin.errors import DivergenceError, InputError, ParityError, StageError
+from tests.selfplay.fake_world import tree_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls(monkeypatch)
     conversion = ("convert_run", "convert_checkpoint", "export_run", "export_checkpoint")
     found.module("megatron_tspin.data.tokenization", "tokenize_run")
-    found.module("megatron_tspin.training.conversion", *conversion)
+    found.module("megatron_tspin.conversion.stages", *conversion)
     found.module("megatron_tspin.training.stages", "train_run", "score_file")
     found.module("megatron_tspin.generation.stages", "rollout_run", "generate_file", "evaluate_file")
     found.module("megatron_tspin.report.html", "write_report")

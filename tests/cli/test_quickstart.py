@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-from selfplay.fake_world import tree_of
 
 from megatron_tspin.cli import quickstart
 from megatron_tspin.cli.main import main
@@ -9,6 +8,7 @@ from megatron_tspin.config import Config
 from megatron_tspin.config_source import dump_config
 from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import driver
+from tests.selfplay.fake_world import tree_of
 
 
 @pytest.fixture

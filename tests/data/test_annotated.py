@@ -127,7 +127,7 @@ def test_examples_survive_the_round_trip(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_driver_imports_neither_torch_nor_transformers() -> None:
-    modules = "annotated, paths, problems, indexed, triplets, tokenizer, template, vocabulary, tokenization"
+    modules = "annotated, paths, problems, indexed, role_documents, tokenizer, template, vocabulary, tokenization"
     code = (
         f"import sys; from megatron_tspin.data import {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"
     )

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from end_to_end.runs import Runs
+from tests.end_to_end.runs import Runs
 
 
 @pytest.fixture(scope="session")

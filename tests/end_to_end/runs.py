@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from end_to_end.small_run import succeed, tree_of, write_config, write_data
+from tests.end_to_end.small_run import succeed, tree_of, write_config, write_data
 
 TP1: dict[str, Any] = {}
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from end_to_end.small_run import CHECKPOINT, environment, tree_of, tspin, write_config, write_data
+from tests.end_to_end.small_run import CHECKPOINT, environment, tree_of, tspin, write_config, write_data
 
 NO_TORCH = """import os, pathlib
 pathlib.Path(os.environ["TSPIN_TEST_TORCH"]).touch()

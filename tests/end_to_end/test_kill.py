@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from end_to_end.small_run import (
+from tests.end_to_end.small_run import (
     NUM_STEPS,
     TIMEOUT_SECONDS,
     command,

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from end_to_end.runs import LAYOUTS, Runs
-from end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
 from megatron_tspin.data.indexed import open_documents
 from megatron_tspin.records import (
     Evaluation,
@@ -19,6 +17,8 @@ from megatron_tspin.records import (
     StepMetrics,
     read_records,
 )
+from tests.end_to_end.runs import LAYOUTS, Runs
+from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
 
 LAST = f"iteration_000/checkpoint/step_{NUM_STEPS:08d}"
 
@@ -100,8 +100,8 @@ def test_references_are_the_scores_of_the_starting_policy(runs: Runs, base_run: 
     succeed("score", "--config", base_run / "run.yaml", "--load", load, "--data", data, "--output", output)
     scores = [record.log_prob for record in read_records(output, ScoredResponse)]
     assert len(scores) == 2 * NUM_TRAIN
-    sampled_by_engine = read_all(base_run / "iteration_000/synthetic")
-    assert scores[NUM_TRAIN:] == pytest.approx([sum(answer.token_log_probs) for answer in sampled_by_engine], rel=1e-4)
+    as_sampled = read_all(base_run / "iteration_000/synthetic")
+    assert scores[NUM_TRAIN:] == pytest.approx([sum(answer.token_log_probs) for answer in as_sampled], rel=1e-4)
     for method in ("spin", "tspin_ref"):
         found = list(read_records(runs[method] / "iteration_000/reference.jsonl", ReferenceLogProbs))
         assert [record.id for record in found] == [json.loads(line)["id"] for line in lines[:NUM_TRAIN]]

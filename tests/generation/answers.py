@@ -4,10 +4,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rank_pool import in_layout
-
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.rank_pool import in_layout
 
 EOS = 1
 NEW_TOKENS = 24
@@ -21,13 +20,13 @@ def prompts_of(count: int, vocabulary: int = 101) -> list[list[int]]:
 
 def load(folder: Path, layout: ParallelSection, topology: Any) -> Any:
     """The HF checkpoint as this rank's part of the policy."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.config import TrainingSection
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
 
     provider = make_model_provider(read_architecture(folder), layout, TrainingSection(), PrecisionSection())
-    model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+    model = provider(pre_process=topology.is_first_pipeline_stage, post_process=topology.is_last_pipeline_stage)
     load_hf(model, topology)
     return model.eval()
 

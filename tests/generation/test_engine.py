@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from answers import EOS, NEW_TOKENS, answer, greedy_by_transformers
 
 from megatron_tspin.config import ParallelSection
+from tests.generation.answers import EOS, NEW_TOKENS, answer, greedy_by_transformers
 
 LAYOUTS = {
     "tp1": ParallelSection(),

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.generation.shards import Prompt, Request, read_shards, shard_path
+from tests.rank_pool import in_layout
 
 COUNT = 7
 

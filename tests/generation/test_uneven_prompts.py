@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import EOS, NEW_TOKENS, load
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection
+from tests.generation.answers import EOS, NEW_TOKENS, load
+from tests.rank_pool import in_layout
 
 PROMPTS = [[5], [3 + i % 90 for i in range(90)], [7, 8], [40] * 33]
 
@@ -58,7 +58,7 @@ def answer_with_broken_weights(folder: Path, layout: ParallelSection) -> str:
     uniforms = [keyed_uniforms(2, "broken", str(index), 2) for index in range(len(PROMPTS))]
     with in_layout(layout) as topology:
         model = load(folder, layout, topology)
-        if topology.is_last_stage:
+        if topology.is_last_pipeline_stage:
             with torch.no_grad():
                 list(model.parameters())[-1].fill_(float("nan"))
         try:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.rank_pool import in_layout
 
 
 def pairs_of(count: int, longest: int = 70) -> list[tuple[list[int], list[int]]]:
@@ -20,7 +20,7 @@ def pairs_of(count: int, longest: int = 70) -> list[tuple[list[int], list[int]]]
 
 
 def score(folder: Path, layout: ParallelSection, pairs: Any, row_tokens: int, bf16: bool = False) -> list[float]:
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
     from megatron_tspin.objective.scoring import score_pairs
@@ -29,7 +29,7 @@ def score(folder: Path, layout: ParallelSection, pairs: Any, row_tokens: int, bf
         provider = make_model_provider(
             read_architecture(folder), layout, TrainingSection(), PrecisionSection(bf16=bf16)
         )
-        model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+        model = provider(pre_process=topology.is_first_pipeline_stage, post_process=topology.is_last_pipeline_stage)
         load_hf(model, topology)
         return score_pairs(model, topology, pairs, row_tokens)
 

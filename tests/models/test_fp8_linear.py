@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_layers import (
+
+from megatron_tspin.config import ParallelSection
+from megatron_tspin.precision import TorchFp8
+from tests.models.fp8_layers import (
     BATCH,
     DTYPES,
     KINDS,
@@ -26,10 +29,7 @@ from fp8_layers import (
     splits,
     step,
 )
-from rank_pool import in_layout
-
-from megatron_tspin.config import ParallelSection
-from megatron_tspin.precision import TorchFp8
+from tests.rank_pool import in_layout
 
 NOT_FINITE = ["nan", "inf", "-inf"]
 

@@ -5,7 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from fp8_layers import (
+
+from megatron_tspin.config import ParallelSection
+from megatron_tspin.errors import InputError
+from megatron_tspin.precision import TorchFp8
+from tests.models.fp8_layers import (
     BOTH,
     E4M3,
     E5M2,
@@ -21,11 +25,7 @@ from fp8_layers import (
     recorded_products,
     step,
 )
-from rank_pool import in_layout
-
-from megatron_tspin.config import ParallelSection
-from megatron_tspin.errors import InputError
-from megatron_tspin.precision import TorchFp8
+from tests.rank_pool import in_layout
 
 
 @BOTH

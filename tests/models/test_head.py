@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import in_layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.models import head
 from megatron_tspin.models.head import ResponseTargets, VocabularyShard, full_logits, sequence_log_probs
+from tests.rank_pool import in_layout
 
 HIDDEN, POSITIONS, PADDED = 16, 14, 128
 ALONE: Any = SimpleNamespace(size=lambda: 1)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from row_groups import layout_of, rows_of_groups, sees, tokens_of
 
 from megatron_tspin.models import packed_attention
 from megatron_tspin.models.packed_attention import BACKENDS, choose_backend
 from megatron_tspin.models.row_layout import ContextShare, Group, RowLayout
+from tests.row_groups import layout_of, rows_of_groups, sees, tokens_of
 
 DIM, SCALE = 8, 0.4
 # Prompts alone, responses of no token in the row, single-token prompts, several groups.

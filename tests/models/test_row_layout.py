@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from row_groups import context_shares, layout_of, rows_of_groups, sees, tokens_of
 
 from megatron_tspin.models.packed_attention import visible
 from megatron_tspin.models.row_layout import AttentionBlock, ContextShare, Group, RowLayout
+from tests.row_groups import context_shares, layout_of, rows_of_groups, sees, tokens_of
 
 CPU = torch.device("cpu")
 SHARES = context_shares()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_groups import layout_of, rows_of_groups
 
 from megatron_tspin.models import segment_plan
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import ContextShare, Group, RowLayout
 from megatron_tspin.models.segment_plan import SegmentPlan, plan_segments
+from tests.row_groups import layout_of, rows_of_groups
 
 TINY, LARGE = Group(3, (2, 0, 4)), Group(400, (300, 200, 250))
 ONE = ContextShare()

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
-from row_groups import sees, tokens_of
 
 from megatron_tspin.models.row_layout import RowLayout
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.objective.rows import Rows
+from tests.row_groups import sees, tokens_of
 
 token = st.integers(1, 90)
 ids = st.lists(token, min_size=1, max_size=12)

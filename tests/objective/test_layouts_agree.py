@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_rows import triplet_lists
-from rank_pool import in_layout
 
 from megatron_tspin.config import ObjectiveSection, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.objective.packed_rows import triplet_lists
+from tests.rank_pool import in_layout
 
 OBJECTIVE = ObjectiveSection(alpha=0.1, nll_weight=1.0)
 """The likelihood of y keeps gradients from vanishing where y = y' = y0, so that they can be compared."""
@@ -37,7 +37,7 @@ def compare_layouts(folder: Path) -> int:
     from hypothesis import Phase, given, settings
     from hypothesis import strategies as st
 
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
     from megatron_tspin.objective.batches import BatchPlanner

@@ -66,7 +66,7 @@ def test_every_triplet_is_in_one_row(problem: Any) -> None:
     members = [member for rows in shares for row in rows for member in row.members]
     assert sorted(members) == list(range(len(found)))
     assert len(shares) == replicas and len({len(rows) for rows in shares}) == 1
-    assert len(shares[0]) > 0 and len(shares[0]) % packing.rows_multiple == 0
+    assert len(shares[0]) > 0 and len(shares[0]) % packing.row_count_multiple == 0
     assert all(list(row.members) == sorted(row.members) for rows in shares for row in rows)
     assert plan_rows(found, packing, WORK, replicas) == shares
 
@@ -87,7 +87,7 @@ def test_rows_are_few(problem: Any) -> None:
     sizes = [shape.row_tokens(packing.share_prompts) for shape in found]
     assume(2 * max(sizes) <= packing.capacity)
     count = sum(len(rows) for rows in plan_rows(found, packing, WORK, replicas))
-    least, at_once = -(-sum(sizes) // packing.capacity), replicas * packing.rows_multiple
+    least, at_once = -(-sum(sizes) // packing.capacity), replicas * packing.row_count_multiple
     assert least <= count <= max(-(-least // at_once) * at_once, 2 * sum(sizes) / packing.capacity + at_once)
 
 
@@ -125,10 +125,12 @@ def test_work_decides_and_not_tokens() -> None:
     assert [rows[0].members for rows in by_tokens] == [(4,), (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize(("replicas", "rows_multiple", "each"), [(1, 1, 6), (2, 1, 3), (4, 1, 2), (1, 4, 8), (2, 2, 4)])
-def test_rows_are_added_one_at_a_time(replicas: int, rows_multiple: int, each: int) -> None:
+@pytest.mark.parametrize(
+    ("replicas", "row_count_multiple", "each"), [(1, 1, 6), (2, 1, 3), (4, 1, 2), (1, 4, 8), (2, 2, 4)]
+)
+def test_rows_are_added_one_at_a_time(replicas: int, row_count_multiple: int, each: int) -> None:
     """Six triplets that need a row each, though four rows have the tokens."""
-    packing = Packing(64, 8, rows_multiple=rows_multiple)
+    packing = Packing(64, 8, row_count_multiple=row_count_multiple)
     shares = plan_rows([Shape(33, (1,))] * 6, packing, WORK, replicas)
     assert [len(rows) for rows in shares] == [each] * replicas
 
@@ -214,7 +216,7 @@ def test_the_config_says_how_to_pack() -> None:
     tight = {"training.row_capacity": 100, "training.share_prompts": False, "parallel.pipeline_model_parallel_size": 2}
     assert row_packing(config(**tight)) == Packing(96, 8, share_prompts=False, uniform=True)
     virtual = {**tight, "parallel.virtual_pipeline_model_parallel_size": 3}
-    by_twos = Packing(96, 8, share_prompts=False, uniform=True, rows_multiple=2)
+    by_twos = Packing(96, 8, share_prompts=False, uniform=True, row_count_multiple=2)
     assert row_packing(config(**virtual)) == by_twos
     split = {"parallel.context_parallel_size": 3, "training.row_capacity": 100}
     assert row_packing(config(**split)) == Packing(96, 24, share_prompts=True, uniform=False)

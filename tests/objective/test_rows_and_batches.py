@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_rows import ids, pair, responses_in, triplet_lists, whole_row
-from row_groups import context_shares, covering
 
 from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.batches import BatchPlanner, MicroBatch, Triplet
 from megatron_tspin.objective.packing import Packing, WorkModel, plan_rows
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.objective.rows import Rows, pack_row, pad_rows, row_length
+from tests.objective.packed_rows import ids, pair, responses_in, triplet_lists, whole_row
+from tests.row_groups import context_shares, covering
 
 WORK = WorkModel(per_token=100.0, per_pair=3.0, per_target=40.0)
 prompt_groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=0, max_size=4)

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.objective.rows import Pair, Rows
+from tests.rank_pool import in_layout
 
 
 def score(folder: Path, layout: ParallelSection, pairs: list[Pair], row_tokens: int) -> tuple[list[float], list[Any]]:
     """The scores, and of each row that this rank ran: its length, its used places and the places of its prompts."""
     from unittest.mock import patch
 
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
     from megatron_tspin.objective import scoring
@@ -30,7 +30,7 @@ def score(folder: Path, layout: ParallelSection, pairs: list[Pair], row_tokens: 
     pack_row = scoring.pack_row
     with in_layout(layout) as topology, patch.object(scoring, "pack_row", remember):
         provider = make_model_provider(read_architecture(folder), layout, TrainingSection(), PrecisionSection())
-        model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+        model = provider(pre_process=topology.is_first_pipeline_stage, post_process=topology.is_last_pipeline_stage)
         load_hf(model, topology)
         scores = scoring.score_pairs(model, topology, pairs, row_tokens)
         return scores, [(rows.row_length, rows.used, rows.prompt_places) for rows in made]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tspin.config import Config
-from selfplay.fake_world import FakeRun, tree_of, write_world
+from tests.selfplay.fake_world import FakeRun, tree_of, write_world
 
 
 @pytest.fixture

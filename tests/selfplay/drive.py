@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.log import set_up_logging
-from selfplay.fake_world import FakeRun, tree_of
+from tests.selfplay.fake_world import FakeRun, tree_of
 
 if __name__ == "__main__":
     world = Path(sys.argv[1])

@@ -9,7 +9,7 @@ from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY, EXIT_S
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import plan
 from megatron_tspin.storage import sha256_file
-from selfplay.fake_world import FakeRun, tree_of, write_world
+from tests.selfplay.fake_world import FakeRun, tree_of, write_world
 
 NAMES = [
     "tokenize",

@@ -16,7 +16,7 @@ import pytest
 from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import launch
 from megatron_tspin.selfplay.lock import run_lock
-from selfplay.fake_world import FakeRun
+from tests.selfplay.fake_world import FakeRun
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

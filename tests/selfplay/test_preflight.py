@@ -11,7 +11,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import disk_space
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.weights import count_parameters
-from selfplay.fake_world import write_safetensors
+from tests.selfplay.fake_world import write_safetensors
 
 ConfigOf = Callable[..., Config]
 

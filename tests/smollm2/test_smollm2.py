@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.rank_pool import in_layout
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 LAYOUTS = {
@@ -34,10 +34,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parity(folder: Path, layout: ParallelSection) -> float:
     """On ranks: the largest relative difference of a sequence log-prob from transformers'."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import build_policy
+    from megatron_tspin.conversion.parity import check_parity, read_sentences
     from megatron_tspin.models.hf_config import read_architecture
-    from megatron_tspin.training.parity import check_parity, read_sentences
 
     with in_layout(layout) as topology:
         model: Any = build_policy(read_architecture(folder), layout, TrainingSection(), PrecisionSection(), topology)

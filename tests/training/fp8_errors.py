@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trajectory import gradients, plain_gradients, weights
+from tests.training.trajectory import gradients, plain_gradients, weights
 
 
 def errors(config: Any, ranks: Any, scratch: Path) -> tuple[float, float]:

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import _trainer, for_method, make_config, triplets_of
+
+from tests.rank_pool import in_layout
+from tests.training.trajectory import _trainer, for_method, make_config, triplets_of
 
 STEPS, COPIES = 16, 64
 
@@ -16,7 +17,7 @@ def train(config: Any, keep_masters: bool) -> Any:
 
     with in_layout(config.parallel) as topology:
         trainer = _trainer(config, topology)
-        parameters = list(trainer.policy.module.parameters())
+        parameters = list(trainer.ddp.module.parameters())
         start = [parameter.detach().float().clone() for parameter in parameters]
         batch = for_method(triplets_of(0), trainer.roles, with_reference=False)
         for _ in range(STEPS):
@@ -48,7 +49,7 @@ def accumulate(config: Any, copies: int) -> Any:
         trainer = _trainer(config, topology)
         (triplet,) = for_method(triplets_of(0)[:1], trainer.roles, with_reference=False)
         trainer.forward_backward([triplet] * copies)
-        return torch.cat([p.main_grad.flatten() for p in trainer.policy.module.parameters()]).numpy()
+        return torch.cat([p.main_grad.flatten() for p in trainer.ddp.module.parameters()]).numpy()
 
 
 def test_gradients_are_summed_in_fp32(ranks: Any, tiny_checkpoint: Any) -> None:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import _trainer, for_method, make_config, triplets_of
 
 from megatron_tspin.objective.roles import ROLES
+from tests.rank_pool import in_layout
+from tests.training.trajectory import _trainer, for_method, make_config, triplets_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fp8_errors import errors
-from rank_pool import in_layout
-from trajectory import assert_resumes_to_the_bit, make_config, train
+
+from tests.rank_pool import in_layout
+from tests.training.fp8_errors import errors
+from tests.training.trajectory import assert_resumes_to_the_bit, make_config, train
 
 RECIPES = {"tensorwise": {}, "rowwise": {"precision.fp8_recipe": "rowwise"}, "e4m3": {"precision.fp8": "e4m3"}}
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -73,9 +74,8 @@ def test_the_gradient_norm_counts_every_shard(ranks: Any, tiny_checkpoint: Any, 
 
 def kinds_of_layers(config: Any) -> Any:
     """For each layer on this rank, counted through the whole network, whether its linears are FP8."""
-    from trajectory import _trainer
-
     from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    from tests.training.trajectory import _trainer
 
     with in_layout(config.parallel) as topology:
         policy = _trainer(config, topology).policy.module

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import _trainer, for_method, make_config, triplets_of
+
+from tests.rank_pool import in_layout
+from tests.training.trajectory import _trainer, for_method, make_config, triplets_of
 
 TP2 = {"parallel.tensor_model_parallel_size": 2}
 SHARDED = {"parallel.data_parallel_size": 2, "parallel.use_distributed_optimizer": True}
@@ -55,15 +56,15 @@ def decay_by_dimension(config: Any) -> Any:
         trainer = _trainer(config, topology)
         groups = [group for part in trainer.optimizer.chained_optimizers for group in part.param_groups]
         found = {(p.dim(), group["weight_decay"]) for group in groups for p in group["params"]}
-        before = {name: p.clone() for name, p in trainer.policy.module.named_parameters()}
-        trainer.policy.zero_grad_buffer()
+        before = {name: p.clone() for name, p in trainer.ddp.module.named_parameters()}
+        trainer.ddp.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         trainer.optimizer.prepare_grads()
         from megatron_tspin.training.optimizer import update
 
         update(trainer.optimizer, 0.0, 0.1, 0.0)
         changed = {}
-        for name, parameter in trainer.policy.module.named_parameters():
+        for name, parameter in trainer.ddp.module.named_parameters():
             factor = 0.5 if parameter.dim() > 1 else 1.0
             changed[name] = torch.allclose(parameter, before[name] * factor, rtol=1e-6, atol=0)
         return found, changed
@@ -85,7 +86,7 @@ def train_in_bf16(config: Any) -> Any:
         trainer = _trainer(config, topology)
         batch = for_method(triplets_of(0), trainer.roles, with_reference=False)
         losses = [trainer.train_step(batch).loss for _ in range(trainer.num_steps)]
-        policy = trainer.policy.module
+        policy = trainer.ddp.module
         masters = [p for part in trainer.optimizer.chained_optimizers for p in part.get_parameters()]
         inner = [group for part in trainer.optimizer.chained_optimizers for group in part.optimizer.param_groups]
         finer = sum(
@@ -117,7 +118,7 @@ def clipped(config: Any, folder: Path) -> Any:
         trainer = _trainer(config, topology)
         batch = for_method(triplets_of(0), trainer.roles, with_reference=False)
         norm = trainer.train_step(batch).grad_norm
-        seen = torch.cat([p.main_grad.flatten() for p in trainer.policy.module.parameters()])
+        seen = torch.cat([p.main_grad.flatten() for p in trainer.ddp.module.parameters()])
         return norm, seen.norm().item()
 
 

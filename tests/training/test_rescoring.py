@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import make_config
-from triplet_files import FACTS, LENGTHS, document, expected, write_triplets
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
@@ -22,6 +19,9 @@ from megatron_tspin.objective.roles import ROLES, computed_roles
 from megatron_tspin.records import PrecisionNoise, Response
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.training.triplet_source import TripletSource
+from tests.rank_pool import in_layout
+from tests.training.trajectory import make_config
+from tests.training.triplet_files import FACTS, LENGTHS, document, expected, write_triplets
 
 SHARD_SIZE = 3
 ANSWER = -2.5
@@ -33,7 +33,7 @@ def save_policy(folder: Path, checkpoint: Path, damage: float | None = None) -> 
     """On a rank: converts a checkpoint; `damage` becomes one of its weights."""
     import torch
 
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import save_checkpoint
 
     with in_layout(ParallelSection()) as topology, torch.no_grad():
@@ -113,7 +113,7 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
     @contextmanager
     def joined(layout: ParallelSection, _: int, tokens_multiple: int) -> Iterator[Any]:
         with in_layout(layout) as topology:
-            yield replace(topology, row_multiple=layout.row_multiple(tokens_multiple))
+            yield replace(topology, row_length_multiple=layout.row_length_multiple(tokens_multiple))
 
     with (
         patch.object(stages, "distributed", joined),
@@ -126,7 +126,7 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
 
 def scores_at(folder: Path, precision: PrecisionSection, pairs: list[Any]) -> list[float]:
     """On a rank: log-probs by a model that never saw a checkpoint of ours."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.objective.scoring import score_pairs
 
     with in_layout(ParallelSection()) as topology:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectory import make_config
 
 from megatron_tspin.errors import InputError
 from megatron_tspin.training.scoring_input import read_scoring_input
+from tests.training.trajectory import make_config
 
 
 def lines(path: Path, values: list[Any]) -> Path:

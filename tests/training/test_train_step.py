@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import _trainer, for_method, make_config, triplets_of
+
+from tests.rank_pool import in_layout
+from tests.training.trajectory import _trainer, for_method, make_config, triplets_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel.tensor_model_parallel_size": 2},
@@ -19,7 +20,7 @@ def snapshot(trainer: Any) -> list[Any]:
     """Copies of all weights and all optimizer state of this rank, in a fixed order."""
     import torch
 
-    kept = [parameter.detach().clone() for parameter in trainer.policy.module.parameters()]
+    kept = [parameter.detach().clone() for parameter in trainer.ddp.module.parameters()]
     for part in trainer.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             kept += [state[key].clone() for key in sorted(state) if isinstance(state[key], torch.Tensor)]
@@ -75,7 +76,7 @@ def divergence(config: Any, broken_rank: int) -> Any:
         trainer.train_step(batch)
         if topology.rank == broken_rank:
             with torch.no_grad():
-                list(trainer.policy.module.parameters())[-1].view(-1)[0] = float("nan")
+                list(trainer.ddp.module.parameters())[-1].view(-1)[0] = float("nan")
         before = snapshot(trainer)
         try:
             trainer.train_step(batch)

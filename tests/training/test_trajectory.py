@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectory import assert_resumes_to_the_bit, gradients, make_config, plain_gradients, train, train_plainly, weights
+
+from tests.training.trajectory import (
+    assert_resumes_to_the_bit,
+    gradients,
+    make_config,
+    plain_gradients,
+    train,
+    train_plainly,
+    weights,
+)
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trajectory import make_config
-from triplet_files import LENGTHS, document, expected, write_triplets
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.training.triplet_source import TripletSource
+from tests.training.trajectory import make_config
+from tests.training.triplet_files import LENGTHS, document, expected, write_triplets
 
 ITERATION = 2
 

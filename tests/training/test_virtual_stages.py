@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
-from trajectory import NUM_STEPS, _steps, make_config, train_plainly, weights
 
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from tests.rank_pool import in_layout
+from tests.training.trajectory import NUM_STEPS, _steps, make_config, train_plainly, weights
 
 INTERLEAVED = {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2}
 
 
 def to_checkpoint(hf: Path, folder: Path) -> None:
     """On one rank: the HF weights as a distributed checkpoint."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import build_policy, save_checkpoint
     from megatron_tspin.models.hf_config import read_architecture
 
@@ -27,7 +27,7 @@ def to_checkpoint(hf: Path, folder: Path) -> None:
 
 def to_hf(folder: Path, hf: Path, target: Path) -> None:
     """On one rank: the checkpoint as HF weights."""
-    from megatron_tspin.checkpoint.convert import export_hf
+    from megatron_tspin.checkpoint.hf_weights import export_hf
     from megatron_tspin.checkpoint.store import load_policy
     from megatron_tspin.models.hf_config import read_architecture
 

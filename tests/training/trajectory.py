@@ -4,9 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rank_pool import in_layout
-
 from megatron_tspin.config import Config
+from tests.rank_pool import in_layout
 
 NUM_STEPS = 5
 NUM_TRIPLETS = 7  # not a multiple of anything: the global batch has an incomplete micro-batch
@@ -71,7 +70,7 @@ def train(config: Config, export: Path, stop_after: int | None = None) -> list[f
 
     With `stop_after`, everything is saved after that many steps and a new trainer goes on from the files.
     """
-    from megatron_tspin.checkpoint.convert import export_hf
+    from megatron_tspin.checkpoint.hf_weights import export_hf
     from megatron_tspin.checkpoint.store import load_checkpoint, save_checkpoint
 
     with in_layout(config.parallel) as topology:
@@ -81,7 +80,7 @@ def train(config: Config, export: Path, stop_after: int | None = None) -> list[f
             saved = export.with_name(export.name + "_checkpoint")
             save_checkpoint(saved, trainer.whole_policy(), topology, trainer.optimizer, {"step": trainer.done})
             trainer = _trainer(config, topology)
-            trainer.done = load_checkpoint(saved, trainer.policy.module, topology, trainer.optimizer)["step"]
+            trainer.done = load_checkpoint(saved, trainer.ddp.module, topology, trainer.optimizer)["step"]
             losses += _steps(trainer, config, NUM_STEPS)
         (policy,) = trainer.whole_policy()
         export_hf(policy, topology, Path(config.model.hf_checkpoint), export)
@@ -92,7 +91,7 @@ def gradients(config: Config, export: Path) -> list[float]:
     """On ranks: the gradient of the first global batch, exported as if it were the weights; returns the log-probs."""
     import torch
 
-    from megatron_tspin.checkpoint.convert import export_hf
+    from megatron_tspin.checkpoint.hf_weights import export_hf
     from megatron_tspin.objective.roles import has_reference
     from megatron_tspin.objective.scoring import score_pairs
 
@@ -100,7 +99,7 @@ def gradients(config: Config, export: Path) -> list[float]:
         trainer = _trainer(config, topology)
         batch = for_method(triplets_of(0), trainer.roles, has_reference(config.objective.method))
         trainer.forward_backward(batch)
-        policy = trainer.policy.module
+        policy = trainer.ddp.module
         log_probs = score_pairs(policy, topology, [pair for triplet in batch for pair in triplet.pairs()], 64)
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -110,7 +109,7 @@ def gradients(config: Config, export: Path) -> list[float]:
 
 
 def _trainer(config: Config, topology: Any) -> Any:
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
     from megatron_tspin.platform import device
@@ -118,7 +117,9 @@ def _trainer(config: Config, topology: Any) -> Any:
 
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     provider = make_model_provider(architecture, config.parallel, config.training, config.precision)
-    model = provider(pre_process=topology.is_first_stage, post_process=topology.is_last_stage).to(device())
+    model = provider(pre_process=topology.is_first_pipeline_stage, post_process=topology.is_last_pipeline_stage).to(
+        device()
+    )
     load_hf(model, topology)
     return build_trainer(config, 1, topology, model, NUM_STEPS)
 

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
 from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
-from megatron_tspin.benchmark.gpu_report.engine import relative
 from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
+from megatron_tspin.benchmark.gpu_report.te import relative
 from megatron_tspin.benchmark.lengths import draw_lengths
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import Group, RowLayout

@@ -35,7 +35,7 @@ _TIMES = ("milliseconds", "low", "high")
 CHECKS = (
     Check("environment", "device, versions, measured peak rates", 25, 12, ("rate", "low", "high", "share_of_bf16")),
     Check(
-        "engine",
+        "te",
         "Transformer Engine's modules, and a policy in each format: relative errors against fp32",
         50,
         25,

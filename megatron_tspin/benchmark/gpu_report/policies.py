@@ -21,7 +21,7 @@ from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed
 from megatron_tspin.platform import device
-from megatron_tspin.precision import check_machine, uses_engine
+from megatron_tspin.precision import check_machine, uses_transformer_engine
 from megatron_tspin.storage import write_json
 
 SMOLLM2 = "SmolLM2-135M"
@@ -108,7 +108,7 @@ def require(precision: PrecisionSection) -> None:
     Raises:
         SkippedError: It is not here.
     """
-    if uses_engine(precision) and find_spec("transformer_engine") is None:
+    if uses_transformer_engine(precision) and find_spec("transformer_engine") is None:
         raise SkippedError("Transformer Engine is not installed")
     try:
         check_machine(precision)

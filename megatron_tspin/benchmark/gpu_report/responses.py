@@ -41,7 +41,7 @@ def draw_rows(shape: Architecture, triplets: int, seed: int = 0) -> tuple[list[R
         return [chance.randrange(shape.vocab_size) for _ in range(count)]
 
     groups = [(ids(each.prompt), [ids(count) for count in each.responses]) for each in lengths]
-    packing = Packing(capacity=_CAPACITY, multiple=topology().row_multiple)
+    packing = Packing(capacity=_CAPACITY, multiple=topology().row_length_multiple)
     (planned,) = plan_rows(lengths, packing, work_model(shape))
     rows = [pack_row([groups[i] for i in row.members], row.length) for row in planned]
     return rows, _owners(rows)

@@ -111,7 +111,7 @@ def _batch(length: int, sizes: _Sizes) -> Batch:
 def _capacity(length: int, sizes: _Sizes) -> int:
     """Rows hold the longest triplet."""
     longest = max(shape.row_tokens(share_prompts=True) for shape in _batch(length, sizes))
-    return max(sizes.row_capacity, -(-longest // topology().row_multiple) * topology().row_multiple)
+    return max(sizes.row_capacity, -(-longest // topology().row_length_multiple) * topology().row_length_multiple)
 
 
 @cache

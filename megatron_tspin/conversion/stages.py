@@ -1,12 +1,8 @@
 """HF checkpoints into the run and out of it. Checkpoints made here are fp32, which loses nothing of the source."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from megatron_tspin.checkpoint.convert import export_hf, load_hf
+from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
 from megatron_tspin.checkpoint.store import (
     build_policy,
     latest_checkpoint,
@@ -17,18 +13,16 @@ from megatron_tspin.checkpoint.store import (
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.errors import ArtifactError, InputError, TspinError
+from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
+from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.parallel import Topology, distributed
+from megatron_tspin.parallel import Topology, distributed, on_first_rank
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import sha256_file, sha256_text
-from megatron_tspin.training.parity import Sentence, check_parity, read_sentences
 
 _log = get_logger(__name__)
-
-Value = TypeVar("Value")
 
 
 def convert_run(config: Config) -> None:
@@ -36,8 +30,8 @@ def convert_run(config: Config) -> None:
     source, target = Path(config.model.hf_checkpoint), RunFolder(Path(config.run_dir)).initial_checkpoint
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed) as topology:
-        digest = _on_first_rank(lambda: source_digest(source), topology)
-        if _on_first_rank(lambda: _is_of(target, digest), topology):
+        digest = on_first_rank(lambda: source_digest(source), topology)
+        if on_first_rank(lambda: _is_of(target, digest), topology):
             _log.info("%s is there already", target)
             return
         _convert(source, target, layout, topology, digest)
@@ -63,7 +57,7 @@ def convert_checkpoint(
     _refuse_existing(save)
     sentences = read_sentences(hf_checkpoint, verify_data) if verify else []
     with distributed(parallel) as topology:
-        digest = _on_first_rank(lambda: source_digest(hf_checkpoint), topology)
+        digest = on_first_rank(lambda: source_digest(hf_checkpoint), topology)
         _convert(hf_checkpoint, save, parallel, topology, digest, (sentences, bound))
 
 
@@ -73,7 +67,7 @@ def export_run(config: Config) -> None:
     checkpoints = folder.checkpoints(config.self_play.iterations - 1)
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed) as topology:
-        found = _on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
+        found = on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
         if found is None:
             raise ArtifactError(f"{checkpoints}: no whole checkpoint; run `tspin run` again to make it")
         _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology)
@@ -141,18 +135,3 @@ def _is_of(checkpoint: Path, digest: str) -> bool:
     except ArtifactError as error:
         _log.warning("%s is made again: %s", checkpoint, error)
         return False
-
-
-def _on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
-    """What `compute` returns on rank 0, on all ranks; what it raises there, all raise."""
-    answer: list[Any] = [None, None]
-    if topology.rank == 0:
-        try:
-            answer[0] = compute()
-        except TspinError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    value: Value = answer[0]
-    return value

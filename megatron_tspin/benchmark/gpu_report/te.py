@@ -50,7 +50,7 @@ def cases(reduced: bool) -> list[Case]:
     ]
 
 
-def _engine() -> Any:
+def _transformer_engine() -> Any:
     """`transformer_engine.pytorch`.
 
     Raises:
@@ -60,21 +60,21 @@ def _engine() -> Any:
         raise SkippedError("Transformer Engine is not installed")
     if not has_cuda():
         raise SkippedError("no CUDA device")
-    import transformer_engine.pytorch as engine
+    import transformer_engine.pytorch as te
 
-    return engine
-
-
-def _linear(engine: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
-    return engine.Linear(_IN, _OUT, bias=False, params_dtype=torch.bfloat16), F.linear
+    return te
 
 
-def _norm(engine: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
-    return engine.RMSNorm(_IN, eps=_EPSILON, params_dtype=torch.bfloat16), _rms_norm
+def _linear(te: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
+    return te.Linear(_IN, _OUT, bias=False, params_dtype=torch.bfloat16), F.linear
 
 
-def _norm_linear(engine: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
-    module = engine.LayerNormLinear(
+def _norm(te: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
+    return te.RMSNorm(_IN, eps=_EPSILON, params_dtype=torch.bfloat16), _rms_norm
+
+
+def _norm_linear(te: Any) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
+    module = te.LayerNormLinear(
         _IN, _OUT, eps=_EPSILON, bias=False, normalization="RMSNorm", params_dtype=torch.bfloat16
     )
     return module, lambda given, weight: F.linear(F.rms_norm(given, (_IN,), eps=_EPSILON), weight)
@@ -86,15 +86,15 @@ def _rms_norm(given: Tensor, weight: Tensor) -> Tensor:
 
 def _module(make: Callable[[Any], tuple[Any, Callable[[Tensor, Tensor], Tensor]]], recipe: str | None) -> Figures:
     """Forward and backward of a module beside its fp32 reference."""
-    engine = _engine()
+    te = _transformer_engine()
     torch.manual_seed(0)
-    module, reference = make(engine)
+    module, reference = make(te)
     module.to(device())
     given = torch.randn(_TOKENS, _IN, device=device(), dtype=torch.bfloat16, requires_grad=True)
     outputs: list[Tensor] = []
 
     def forward() -> None:
-        with _autocast(engine, recipe):
+        with _autocast(te, recipe):
             outputs.append(module(given))
 
     # Delayed scales come from earlier passes, so that the second pass counts.
@@ -112,12 +112,12 @@ def _module(make: Callable[[Any], tuple[Any, Callable[[Tensor, Tensor], Tensor]]
     }
 
 
-def _autocast(engine: Any, recipe: str | None) -> AbstractContextManager[Any]:
+def _autocast(te: Any, recipe: str | None) -> AbstractContextManager[Any]:
     if recipe is None:
         return nullcontext()
     from transformer_engine.common import recipe as recipes
 
-    context: AbstractContextManager[Any] = engine.autocast(enabled=True, recipe=getattr(recipes, _RECIPES[recipe])())
+    context: AbstractContextManager[Any] = te.autocast(enabled=True, recipe=getattr(recipes, _RECIPES[recipe])())
     return context
 
 
@@ -130,12 +130,12 @@ def relative(found: Tensor | None, expected: Tensor | None) -> float:
 
 def _adam() -> Figures:
     """Updates by FusedAdam beside torch's AdamW, both in fp32, relative to the update."""
-    engine = _engine()
+    te = _transformer_engine()
     torch.manual_seed(0)
     start = torch.randn(_IN * _IN, device=device())
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    fused = engine.optimizers.FusedAdam([ours], **settings)
+    fused = te.optimizers.FusedAdam([ours], **settings)
     plain = torch.optim.AdamW([theirs], **settings)
     for _ in range(_ADAM_STEPS):
         ours.grad = torch.randn_like(start)

@@ -15,7 +15,7 @@ from megatron_tspin.checkpoint.families import (
     Kind,
     Weight,
     core_shape,
-    segments,
+    source_ranges,
     weights,
 )
 from megatron_tspin.checkpoint.hf_folder import HFFolder
@@ -30,7 +30,7 @@ from megatron_tspin.storage import atomic_path
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Transformer Engine's linears have the norm before them inside.
-_ENGINE_NAMES = {
+_TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -60,10 +60,10 @@ def _fill(parameter: Tensor, weight: Weight, source: HFFolder, architecture: Arc
     if weight.kind is Kind.VOCABULARY:
         parameter.zero_()
     filled = 0
-    for segment in segments(weight, architecture, topology.tp_rank, topology.tp_size):
-        length = segment.stop - segment.start
-        values = source.read(weight.hf[segment.source], segment)
-        parameter.narrow(segment.dim, filled, length).copy_(values)
+    for source_range in source_ranges(weight, architecture, topology.tp_rank, topology.tp_size):
+        length = source_range.stop - source_range.start
+        values = source.read(weight.hf[source_range.source], source_range)
+        parameter.narrow(source_range.dim, filled, length).copy_(values)
         filled += length
 
 
@@ -96,7 +96,7 @@ def _global_name(name: str, model: PolicyModel) -> str:
         return name
     layer = model.decoder.layers[int(found[1])].layer_number - 1
     part = name[found.end() :]
-    return f"decoder.layers.{layer}.{_ENGINE_NAMES.get(part, part)}"
+    return f"decoder.layers.{layer}.{_TE_NAMES.get(part, part)}"
 
 
 def _stage_of(core_name: str, architecture: Architecture, pp_size: int) -> int:
@@ -185,10 +185,10 @@ def _gather(
             part = torch.empty(shape, dtype=like.dtype, device=like.device)
             dist.recv(part, src=rank)
         taken = 0
-        for segment in segments(weight, architecture, tp_rank, topology.tp_size):
-            length = segment.stop - segment.start
-            whole[segment.source].narrow(segment.dim, segment.start, length).copy_(
-                part.narrow(segment.dim, taken, length)
+        for source_range in source_ranges(weight, architecture, tp_rank, topology.tp_size):
+            length = source_range.stop - source_range.start
+            whole[source_range.source].narrow(source_range.dim, source_range.start, length).copy_(
+                part.narrow(source_range.dim, taken, length)
             )
             taken += length
     return dict(zip(weight.hf, whole, strict=True))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_pool import in_layout
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import InputError, ParityError
+from tests.rank_pool import in_layout
 
 KINDS = ["tied", "untied", "llama3_rope", "mistral_window"]
 LAYOUTS = {"TP1": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "DP2": (1, 1, 2), "TP2xPP2": (2, 2, 1)}
@@ -25,7 +25,7 @@ def layout(name: str) -> ParallelSection:
 
 def loaded(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = False) -> Any:
     """A policy with NaN wherever `load_hf` wrote nothing."""
-    from megatron_tspin.checkpoint.convert import load_hf
+    from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
@@ -38,8 +38,8 @@ def loaded(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = Fals
 
 def round_trip(hf: Path, parallel: ParallelSection, target: Path, options: dict[str, Any]) -> float:
     """Exports what was loaded, and measures parity. The same process serves several kinds, one after the other."""
-    from megatron_tspin.checkpoint.convert import export_hf
-    from megatron_tspin.training.parity import check_parity, read_sentences
+    from megatron_tspin.checkpoint.hf_weights import export_hf
+    from megatron_tspin.conversion.parity import check_parity, read_sentences
 
     with in_layout(parallel) as topology:
         model = loaded(hf, parallel, topology)
@@ -136,8 +136,8 @@ def test_padded_rows_are_zero(ranks, tiny_checkpoint, name):
 
 def wrong_rope(hf: Path, parallel: ParallelSection, other: Path) -> None:
     """The bug of the converters that ignore rope scaling: weights right, frequencies of another config."""
+    from megatron_tspin.conversion.parity import check_parity, read_sentences
     from megatron_tspin.models.rotary import RotaryFrequencies
-    from megatron_tspin.training.parity import check_parity, read_sentences
 
     with in_layout(parallel) as topology:
         model = loaded(hf, parallel, topology)
@@ -152,8 +152,8 @@ def test_the_parity_gate_sees_a_wrong_rope(ranks, tiny_checkpoint):
 
 
 def off_by_one_window(hf: Path, parallel: ParallelSection, keys: int) -> None:
+    from megatron_tspin.conversion.parity import check_parity, read_sentences
     from megatron_tspin.models.attention import CausalAttention
-    from megatron_tspin.training.parity import check_parity, read_sentences
 
     with in_layout(parallel) as topology:
         model = loaded(hf, parallel, topology)

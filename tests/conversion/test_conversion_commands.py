@@ -51,13 +51,12 @@ def test_verify_refuses_beyond_the_bound_and_writes_nothing(tiny_checkpoint, tmp
 
 
 def in_pool(name: str, *args: Any) -> None:
-    """Runs a function of `conversion`, whose group of ranks is the pool's."""
-    from rank_pool import in_layout
+    """Runs a function of `conversion.stages`, whose group of ranks is the pool's."""
+    from megatron_tspin.conversion import stages
+    from tests.rank_pool import in_layout
 
-    from megatron_tspin.training import conversion
-
-    conversion.distributed = lambda layout, seed=0: in_layout(layout)
-    getattr(conversion, name)(*args)
+    stages.distributed = lambda layout, seed=0: in_layout(layout)
+    getattr(stages, name)(*args)
 
 
 def config_of(source: Path, run: Path) -> Config:

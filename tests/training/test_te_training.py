@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fp8_errors import errors
-from rank_pool import in_layout
-from trajectory import _trainer, for_method, make_config, train, triplets_of, weights
+
+from tests.rank_pool import in_layout
+from tests.training.fp8_errors import errors
+from tests.training.trajectory import _trainer, for_method, make_config, train, triplets_of, weights
 
 ENGINE = {"precision.bf16": True, "precision.transformer_impl": "transformer_engine"}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def step_by_step(config: Any) -> float:
     with in_layout(config.parallel) as topology:
         trainer = _trainer(config, topology)
         settings = config.optimizer
-        ours = list(trainer.policy.module.parameters())
+        ours = list(trainer.ddp.module.parameters())
         theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
         judge = torch.optim.RMSprop(theirs, lr=1.0, alpha=settings.rmsprop_smoothing, eps=settings.eps)
         for number in range(4):

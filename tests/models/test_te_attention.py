@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from row_groups import layout_of
 
-from megatron_tspin.models.engine_attention import fits, sequence_starts
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import ContextShare, Group
+from megatron_tspin.models.te_attention import fits, sequence_starts
+from tests.row_groups import layout_of
 
 ORDINARY = [Group(5, (4,)), Group(1, (0,)), Group(3, (0, 9)), Group(7, ())]
 
