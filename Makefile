@@ -13,12 +13,18 @@ INSTALLED312 := $(VENV312)/.installed
 # Tests marked gpu or te are skipped where they cannot run, and say why.
 QUICK := not slow and not slurm
 
-.PHONY: quickstart test test-py312 test-slow lint clean
+.PHONY: quickstart test test-fast test-processors test-py312 test-slow lint clean
 quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
 test: $(INSTALLED) lint
 	$(RUN)/python -m pytest -m "$(QUICK)" --durations=15
+
+test-fast: $(INSTALLED)
+	$(RUN)/python -m pytest -q -m "$(QUICK) and not processes"
+
+test-processors: $(INSTALLED)
+	$(RUN)/python -m tests.processors
 
 test-py312: $(INSTALLED312)
 	$(VENV312)/bin/python -m pytest -m "$(QUICK)"

@@ -9,11 +9,11 @@ Nothing else in the project knows about the difference.
 import functools
 import os
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch.utils._device import _device_constructors
 
 from megatron_tspin.errors import InputError
@@ -53,11 +53,25 @@ def prepare_platform(cpu_threads: int = 1) -> None:
     if has_cuda():
         _select_cuda_device()
     else:
-        # megatron-core decorates its fusions with torch.compile at import; eager is exact and starts faster. Dynamo
-        # reads TORCHDYNAMO_DISABLE when it is imported, which may have happened, and this setting at every call.
-        torch._dynamo.config.disable = True
+        _compile_nothing()
         torch.set_num_threads(cpu_threads)
         _answer_cuda_with_cpu()
+
+
+def _compile_nothing() -> None:
+    """Eager is exact and starts faster: megatron-core decorates its fusions with torch.compile when it is imported.
+
+    Called before that, it also spares the process a second or more for the import of torch's compiler.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when dynamo is imported; what was compiled before asks the config
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+    _replace(torch, "compile", _as_it_is)
+
+
+def _as_it_is(model: Any = None, **_: Any) -> Any:
+    """`torch.compile` that returns what it is given, also as a decorator with options."""
+    return (lambda function: function) if model is None else model
 
 
 def _select_cuda_device() -> None:

@@ -1,5 +1,7 @@
 """Fixtures of all tests: ranks to run on, and tiny HF checkpoints."""
 
+import multiprocessing
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,17 +18,35 @@ settings.register_profile("shared_cores", deadline=None)
 settings.load_profile("shared_cores")
 
 
+PROCESSES = "processes"
+_FIXTURES_WITH_PROCESSES = {"ranks", "runs"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of hardware or software that is not here are skipped and say why."""
+    """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked."""
     missing = {}
     if not torch.cuda.is_available():
         missing |= dict.fromkeys(("gpu", "te"), "needs a CUDA device")
     elif find_spec("transformer_engine") is None:
         missing["te"] = "Transformer Engine is not installed"
     for item in items:
+        if _FIXTURES_WITH_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(PROCESSES)
         for mark, reason in missing.items():
             if item.get_closest_marker(mark) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_start_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-fast` leaves marked tests out, and so has to be able to rely on the mark."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError(f"this test starts a process: mark it with pytest.mark.{PROCESSES}")
+
+    if request.node.get_closest_marker(PROCESSES) is None:
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
 
 
 @pytest.fixture(scope="session")

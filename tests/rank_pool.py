@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from megatron_tspin.parallel import Topology
 
 TIMEOUT_SECONDS = 120.0
+THREADS = "TSPIN_TEST_THREADS"
+"""Names the variable with the number of threads of each rank; without it that is one."""
 _GRACE_SECONDS = 5.0  # for the other ranks, once one has failed: they may hang in a collective
 
 
@@ -128,7 +130,8 @@ class RankPool:
 
 def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
     """The life of a rank: join, then run what comes until the pipe closes."""
-    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    threads = os.environ.get(THREADS, "1")
+    os.environ.update(OMP_NUM_THREADS=threads, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     _end_with_parent()
     group_is_up = False
     while True:
@@ -178,7 +181,7 @@ def _join(rank: int, world_size: int, store: str) -> None:
 
     from megatron_tspin.platform import backend, prepare_platform
 
-    prepare_platform()
+    prepare_platform(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group(
         backend(),
         init_method=f"file://{store}",

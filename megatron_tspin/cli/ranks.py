@@ -27,16 +27,19 @@ def enter_ranks(layout: ParallelSection) -> None:
             raise InputError(f"{started} processes were started, but {_shape(layout)}; start {layout.world_size}")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()
-        return
-    if layout.world_size > 1:
+    elif layout.world_size > 1:
         raise InputError(f"one process was started, but {_shape(layout)}; use\n{torchrun_command(layout.world_size)}")
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # any free one: nobody else has to find it
-    }
+    else:
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",  # any free one: nobody else has to find it
+        }
+    from megatron_tspin.platform import prepare_platform
+
+    prepare_platform(layout.cpu_threads)
 
 
 @contextmanager

@@ -28,11 +28,12 @@ BF16: dict[str, Any] = {
     "generation__top_p": 0.9,
     "evaluation__greedy": False,
 }
-SETTINGS = {"tp1": TP1, **LAYOUTS, **METHODS, "bf16": BF16}
+SETTINGS = ({"tp1": TP1, **LAYOUTS}, {**METHODS, "bf16": BF16})
+"""By name, in the two parts that are made together."""
 
 
 class Runs:
-    """`runs[name]` is the folder of a finished run; all are started with the first that is asked for."""
+    """`runs[name]` is the folder of a finished run; a part of them is started with the first that is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,17 +41,18 @@ class Runs:
         self._made: dict[str, Future[Path]] = {}
 
     def __getitem__(self, name: str) -> Path:
-        if not self._made:
+        if name not in self._made:
             write_data(self.folder)
-            self._made = {each: self._pool.submit(self._make, each) for each in SETTINGS}
+            (part,) = (part for part in SETTINGS if name in part)
+            self._made |= {each: self._pool.submit(self._make, each, settings) for each, settings in part.items()}
         return self._made[name].result()
 
     def config(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
-    def _make(self, name: str) -> Path:
+    def _make(self, name: str, settings: dict[str, Any]) -> Path:
         run_dir = self.folder / name
-        write_config(self.config(name), tree_of(self.folder, run_dir, **SETTINGS[name]))
+        write_config(self.config(name), tree_of(self.folder, run_dir, **settings))
         succeed("run", "--config", self.config(name))
         return run_dir
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from tests.rank_pool import THREADS
+from tests.rounding import SMOOTH
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "examples" / "quickstart"
 CHECKPOINT = EXAMPLE / "checkpoint"
@@ -37,7 +40,7 @@ def tree_of(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
             "seq_length": 48,
         },
         "objective": {"method": "tspin", "alpha": 0.3, "beta": 0.1},
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {name.removeprefix("optimizer."): value for name, value in SMOOTH.items()},
         "training": {
             "micro_batch_size": 4,
             "global_batch_size": BATCH,
@@ -47,6 +50,7 @@ def tree_of(data: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         },
         "generation": {"max_new_tokens": 12, "batch_size": 8, "shard_size": 8},
         "self_play": {"iterations": 1},
+        "parallel": {"cpu_threads": int(os.environ.get(THREADS, "1"))},
         "evaluation": {"scorer": f"{EXAMPLE / 'scorer.py'}:score"},
     }
     for name, value in changes.items():

@@ -9,6 +9,9 @@ from megatron_tspin.config import ObjectiveSection, ParallelSection, TrainingSec
 from megatron_tspin.config_precision import PrecisionSection
 from tests.objective.packed_rows import triplet_lists
 from tests.rank_pool import in_layout
+from tests.rounding import all_within, same_gradients
+
+pytestmark = pytest.mark.exact
 
 OBJECTIVE = ObjectiveSection(alpha=0.1, nll_weight=1.0)
 """The likelihood of y keeps gradients from vanishing where y = y' = y0, so that they can be compared."""
@@ -62,10 +65,8 @@ def compare_layouts(folder: Path) -> int:
             together += any(batch.num_triplets > 1 for batch in packed.plan(triplets))
             loss, found = loss_and_gradients(packed, triplets, model)
             expected_loss, expected = loss_and_gradients(BatchPlanner(None, work, ROLES, 2), triplets, model)
-            assert abs(loss - expected_loss) < 1e-5 * abs(expected_loss)
-            for name, value in expected.items():
-                error = (found[name] - value).norm() / value.norm()
-                assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+            all_within("loss", [loss], [expected_loss])
+            same_gradients(found, expected)
 
         check()
     return together

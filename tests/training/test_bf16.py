@@ -32,7 +32,12 @@ def train(config: Any, keep_masters: bool) -> Any:
 
 
 def test_without_masters_small_steps_are_rounded_away(ranks: Any, tiny_checkpoint: Any) -> None:
-    flags = {"optimizer.lr": 2e-6, "optimizer.lr_warmup_fraction": 0.0, "optimizer.lr_decay_style": "constant"}
+    flags = {
+        "optimizer.lr": 2e-6,
+        "optimizer.eps": 1e-8,
+        "optimizer.lr_warmup_fraction": 0.0,
+        "optimizer.lr_decay_style": "constant",
+    }
     exact = make_config(tiny_checkpoint("untied"), **flags)
     config = make_config(tiny_checkpoint("untied"), **flags, **{"precision.bf16": True})
     in_fp32 = ranks(1).run(train, exact, True)[0]

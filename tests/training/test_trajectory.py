@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.rounding import all_within, same_gradients, same_updates
 from tests.training.trajectory import (
     assert_resumes_to_the_bit,
     gradients,
@@ -14,6 +15,8 @@ from tests.training.trajectory import (
     train_plainly,
     weights,
 )
+
+pytestmark = pytest.mark.exact
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -61,12 +64,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_same(found: tuple[list[float], dict[str, Any]], expected: tuple[list[float], dict[str, Any]]) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert set(found[1]) == set(expected[1])
-    for name, value in expected[1].items():
-        error = (found[1][name] - value).norm() / value.norm()
-        assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+def assert_same(config: Any, found: tuple[list[float], Path], expected: tuple[list[float], dict[str, Any]]) -> None:
+    """Losses, gradient norms and exported weights are the judge's."""
+    all_within("loss", found[0][::2], expected[0][::2])
+    all_within("norm", found[0][1::2], expected[0][1::2])
+    same_updates(weights(found[1]), expected[1], weights(Path(config.model.hf_checkpoint)))
 
 
 @pytest.mark.parametrize("layout", ["tp1", "padded", "tp2", "tp2_sp", "pp2", "cp2", "tp2_pp2", "dp2"])
@@ -76,11 +78,8 @@ def test_log_probs_and_gradients(layout: str, kind: str, ranks: Any, tiny_checkp
     log_probs = ranks(config.parallel.world_size).run(gradients, config, tmp_path / "out")
     expected, expected_gradients = plain_gradients(config)
     for each in log_probs:
-        assert each == pytest.approx(expected, rel=1e-6)
-    found = weights(tmp_path / "out")
-    for name, value in expected_gradients.items():
-        error = (found[name] - value).norm() / value.norm()
-        assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+        all_within("log-prob", each, expected)
+    same_gradients(weights(tmp_path / "out"), expected_gradients)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +102,21 @@ def test_layouts(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, judge
     config = make_config(tiny_checkpoint(kind), **LAYOUTS[layout])
     losses = ranks(config.parallel.world_size).run(train, config, tmp_path / "out")
     assert all(each == losses[0] for each in losses)
-    assert_same((losses[0], weights(tmp_path / "out")), judged(kind, {}))
+    assert_same(config, (losses[0], tmp_path / "out"), judged(kind, {}))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(objective: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint("untied"), **OBJECTIVES[objective])
     losses = ranks(1).run(train, config, tmp_path / "out")[0]
-    assert_same((losses, weights(tmp_path / "out")), judged("untied", OBJECTIVES[objective]))
+    assert_same(config, (losses, tmp_path / "out"), judged("untied", OBJECTIVES[objective]))
 
 
 @pytest.mark.parametrize("kind", ["llama3_rope", "mistral_window"])
 def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint(kind), **LAYOUTS["tp2"])
     losses = ranks(2).run(train, config, tmp_path / "out")[0]
-    assert_same((losses, weights(tmp_path / "out")), judged(kind, {}))
+    assert_same(config, (losses, tmp_path / "out"), judged(kind, {}))
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2_sp", "cp2", "dp2_overlap_param_gather"])

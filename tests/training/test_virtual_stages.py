@@ -8,7 +8,10 @@ import pytest
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from tests.rank_pool import in_layout
+from tests.rounding import all_within, same_updates
 from tests.training.trajectory import NUM_STEPS, _steps, make_config, train_plainly, weights
+
+pytestmark = pytest.mark.exact
 
 INTERLEAVED = {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2}
 
@@ -78,9 +81,6 @@ def test_virtual_stages(kind: str, sharded: bool, ranks: Any, tiny_checkpoint: A
     assert resumed == losses
     ranks(1).run(to_hf, tmp_path / "end", tiny_checkpoint(kind), tmp_path / "out")
     expected_losses, expected = train_plainly(config)
-    assert losses == pytest.approx(expected_losses, rel=1e-5)
-    found = weights(tmp_path / "out")
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm()
-        assert error < 1e-5, f"{name}: relative difference {error:.2e}"
+    all_within("loss", losses[::2], expected_losses[::2])
+    all_within("norm", losses[1::2], expected_losses[1::2])
+    same_updates(weights(tmp_path / "out"), expected, weights(tiny_checkpoint(kind)))
