@@ -27,6 +27,7 @@ LAYERS = [
         "log",
         "records",
         "run_folder",
+        "step_metrics",
         "storage",
     },
     {"platform", "parallel", "precision"},

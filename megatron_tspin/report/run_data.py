@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, StepMetrics, read_records
+from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, read_records
+from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import read_json
 
 ModelType = TypeVar("ModelType", bound=BaseModel)

@@ -26,8 +26,9 @@ from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
-from megatron_tspin.records import PrecisionNoise, ScoredResponse, StepMetrics
+from megatron_tspin.records import PrecisionNoise, ScoredResponse
 from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
