@@ -1,7 +1,7 @@
 """Core attention and RMSNorm for megatron-core's layers, readable and the same on every platform.
 
 megatron-core's local attention forks CUDA's random state and its local norm refuses sequence parallelism; these two
-do neither. Both come in through the layer spec (`models/provider.py`).
+do neither. Both come in through the layer spec (`models/layer_specs.py`).
 """
 
 from typing import Any

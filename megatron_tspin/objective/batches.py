@@ -91,7 +91,7 @@ class BatchPlanner:
     diagnostics: bool = False
 
     def plan(self, triplets: Sequence[Triplet]) -> list[MicroBatch]:
-        """The micro-batches of this replica; every replica gets as many.
+        """The micro-batches of this replica; every replica gets the same number.
 
         Args:
             triplets: Of the global batch, in order, the same on every rank; at least one.

@@ -35,7 +35,7 @@ def make_forward_step(objective: ObjectiveSection, beta: float) -> ForwardStep:
 
 
 def run_rows(rows: Rows, model: Any) -> Tensor:
-    """The policy's output for a micro-batch: sequence log-probs on the last stage."""
+    """The policy's output for a micro-batch: sequence log-probs on the last pipeline stage."""
     place = device()
     output: Tensor = model(
         rows.tokens.to(place, non_blocking=True),

@@ -127,7 +127,7 @@ class PlannedRow:
 
 
 def plan_rows(shapes: Sequence[Shape], packing: Packing, work: WorkModel, replicas: int = 1) -> list[list[PlannedRow]]:
-    """Places whole triplets into rows; every replica gets as many rows, of about the same work.
+    """Places whole triplets into rows; every replica gets the same number of rows, of about the same work.
 
     Longest-processing-time first: triplets by falling work, each into the lightest row that has room. Rows are as
     few as the capacity allows; where placing fails, one more row a replica is tried.

@@ -118,7 +118,7 @@ def _context(topology: Topology) -> ContextShare:
 
 
 def _run(chunks: list[PolicyModel], rows: list[Rows]) -> list[Tensor]:
-    """The sequence log-probs of each row, on the last stage."""
+    """The sequence log-probs of each row, on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     outputs: list[Tensor] = get_forward_backward_func()(

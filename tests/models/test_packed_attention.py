@@ -75,7 +75,7 @@ def assert_near(found: Result, expected: Result, layout: RowLayout, tolerance: f
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=lambda value: f"{value} groups")
 @pytest.mark.parametrize("name", ["segments", "dense"])
 def test_values_and_gradients(name: str, groups: int, window: int | None) -> None:
-    """4 query heads over as many, half as many and one KV head; the longest sequence of the row has 15 tokens."""
+    """4 query heads over 4, 2 and one KV head; the longest sequence of the row has 15 tokens."""
     layout = layout_of(ROW, ContextShare(), spare=3)
     given_tensors = tensors(layout.length, 4, groups)
     expected = written_out(layout, given_tensors, window)
