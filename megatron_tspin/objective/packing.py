@@ -28,22 +28,22 @@ class Shape:
     prompt: int
     responses: tuple[int, ...]
 
-    def groups(self, share_prompts: bool) -> list["Shape"]:
+    def bundles(self, share_prompts: bool) -> list["Shape"]:
         """Itself, or one prompt a response where prompts are not shared."""
         return [self] if share_prompts else [Shape(self.prompt, (response,)) for response in self.responses]
 
     def row_tokens(self, share_prompts: bool) -> int:
         """Places that the triplet takes in a packed row."""
         return sum(
-            group.prompt + sum(response - 1 for response in group.responses) for group in self.groups(share_prompts)
+            bundle.prompt + sum(response - 1 for response in bundle.responses) for bundle in self.bundles(share_prompts)
         )
 
     def attention_pairs(self, share_prompts: bool) -> int:
         """Number of (query, key) pairs that see each other."""
         pairs = 0
-        for group in self.groups(share_prompts):
-            pairs += _triangle(group.prompt)
-            pairs += sum(_triangle(response - 1) + (response - 1) * group.prompt for response in group.responses)
+        for bundle in self.bundles(share_prompts):
+            pairs += _triangle(bundle.prompt)
+            pairs += sum(_triangle(response - 1) + (response - 1) * bundle.prompt for response in bundle.responses)
         return pairs
 
 
