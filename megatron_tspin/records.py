@@ -107,58 +107,6 @@ class PrecisionNoise(Record):
     seconds: float
 
 
-class StepMetrics(Record):
-    """One optimizer step. Means are over the triplets of the global batch; a role that was not computed is None."""
-
-    iteration: int
-    """Self-play iteration."""
-    step: int
-    """Optimizer step inside the iteration, from 1."""
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    update_skipped: bool
-    """True when no triplet was active, so that no update was made."""
-    num_triplets: int
-    log_prob_annotated: float | None
-    log_prob_synthetic: float | None
-    log_prob_proto: float | None
-    reward_annotated: float | None
-    """Mean reward: alpha log pi (tspin), lambda (log pi - log pi_t) (spin), alpha (log pi - log pi_t) (tspin_ref)."""
-    reward_synthetic: float | None
-    reward_proto: float | None
-    tokens_annotated: float | None
-    """Mean response length in tokens."""
-    tokens_synthetic: float | None
-    tokens_proto: float | None
-    current_advantage: float | None
-    """Mean log pi(y) - log pi(y'), minus the references' difference where the method has a reference."""
-    historical_advantage: float | None
-    current_margin: float | None
-    """Mean of the link function's argument, e.g. alpha times the current advantage."""
-    active_share: float | None
-    """Share of triplets whose scaled current margin is at most 5, so that the link function still has a slope."""
-    mean_slope: float | None
-    """Mean of sigmoid(-margin): the weight that the logistic link gives to a triplet."""
-    identical_share: float | None
-    """Share of triplets with y' = y, which the current advantage cannot teach anything."""
-    tokens_per_second: float
-    """Prompt and response tokens over all ranks, a prompt counted once a response whatever the layout of rows."""
-    packing_efficiency: float
-    """Share of the rows' places that are not padding."""
-    prompt_share_saved: float
-    """Share of prompt tokens that never went through the policy, because the responses of a triplet share theirs."""
-    entropy_annotated: float | None
-    """Mean entropy in nats of the distribution that predicts a response token; only with diagnostics."""
-    entropy_synthetic: float | None
-    entropy_proto: float | None
-    top_annotated: float | None
-    """Share of response tokens that were the most probable one; only with diagnostics."""
-    top_synthetic: float | None
-    top_proto: float | None
-    seconds: float
-
-
 class DecodingResult(Record):
     """Held-out answers under one way of decoding."""
 

@@ -1,7 +1,17 @@
-"""Where everything of a run is. Every stage, the driver and the report take their paths from here."""
+"""Where everything of a run is, and the names of what stages write, wherever they are told to write it.
 
+Every stage, the driver and the report take their paths from here.
+"""
+
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+CONFIG = "run.yaml"
+REPORT = "report.html"
+TRAIN = "train"
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
@@ -13,7 +23,7 @@ class RunFolder:
     @property
     def config(self) -> Path:
         """The resolved config."""
-        return self.root / "run.yaml"
+        return self.root / CONFIG
 
     @property
     def data(self) -> Path:
@@ -33,11 +43,28 @@ class RunFolder:
     @property
     def report(self) -> Path:
         """The report."""
-        return self.root / "report.html"
+        return self.root / REPORT
+
+    @property
+    def markers(self) -> Path:
+        """The markers of the stages that are done."""
+        return self.root / "stages"
+
+    def marker(self, stage: str) -> Path:
+        """What a stage read and wrote, there once it is done."""
+        return self.markers / f"{stage}.json"
+
+    def log(self, stage: str) -> Path:
+        """What a stage said."""
+        return self.root / "logs" / f"{stage}.log"
 
     def iteration(self, iteration: int) -> Path:
         """Folder of a self-play iteration."""
         return self.root / f"iteration_{iteration:03d}"
+
+    def iterations(self) -> list[int]:
+        """The iterations that have begun, in order."""
+        return [number for number, _ in _numbered(self.root, r"iteration_(\d{3,})")]
 
     def synthetic(self, iteration: int) -> Path:
         """Shards of the answers that an iteration trains against (y')."""
@@ -46,6 +73,10 @@ class RunFolder:
     def metrics(self, iteration: int) -> Path:
         """One JSON line an optimizer step."""
         return self.iteration(iteration) / "metrics.jsonl"
+
+    def tensorboard(self, iteration: int) -> Path:
+        """TensorBoard's events of an iteration."""
+        return self.iteration(iteration) / "tensorboard"
 
     def reference(self, iteration: int) -> Path:
         """Reference log-probs of the methods that have a reference."""
@@ -68,6 +99,74 @@ class RunFolder:
         """Held-out results of a policy."""
         return self.root / "evaluation" / f"policy_{policy:03d}.json"
 
-    def evaluation_answers(self, policy: int, decoding: str) -> Path:
-        """Shards of a policy's held-out answers; `decoding` is `greedy` or `sampled`."""
-        return self.root / "evaluation" / f"policy_{policy:03d}" / decoding
+    def evaluations(self) -> list[tuple[int, Path]]:
+        """Number of the policy and file of the held-out results that are there, in order."""
+        return _numbered(self.root / "evaluation", r"policy_(\d{3,})\.json")
+
+
+def examples_path(data: Path, split: str) -> Path:
+    """The normalised examples of a split in a run's data folder, in document order."""
+    return data / f"{split}.jsonl"
+
+
+def document_stem(folder: Path, split: str, key: str) -> Path:
+    """Stem of an indexed data set: its files are `<stem>_document.bin`, `.idx` and `.json`.
+
+    Args:
+        folder: The run's data folder, or the folder of a self-play iteration.
+        split: `train` or `held_out`.
+        key: `prompt`, `annotated`, `synthetic` or `proto`.
+    """
+    return folder / f"{split}_{key}"
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard of answers."""
+    return folder / f"shard_{number:05d}.jsonl"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards that are there, in order."""
+    return sorted(folder.glob("shard_*.jsonl"))
+
+
+def shard_settings(folder: Path) -> Path:
+    """With which settings a folder's shards were made."""
+    return folder / "settings.json"
+
+
+def shard_summary(folder: Path) -> Path:
+    """What the answers to all training prompts look like, there once the last shard is."""
+    return folder / "summary.json"
+
+
+def held_out_answers(evaluation: Path, decoding: str) -> Path:
+    """Shards of the answers that held-out results were computed from; `decoding` is `greedy` or `sampled`."""
+    return evaluation.with_suffix("") / decoding
+
+
+def reference_facts(reference: Path) -> Path:
+    """From what reference log-probs were computed."""
+    return reference.with_suffix(".json")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after an optimizer step."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The checkpoints that are there, whole or not, in the order of their steps."""
+    return [path for _, path in _numbered(checkpoints, r"step_(\d{8})")]
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """Entries of a folder whose whole name matches, with their number, in order of it."""
+    entries: Iterable[Path] = folder.iterdir() if folder.is_dir() else ()
+    matches = ((re.fullmatch(pattern, entry.name), entry) for entry in entries)
+    return sorted((int(match[1]), entry) for match, entry in matches if match)

@@ -63,7 +63,7 @@ class RankPool:
         import torch
 
         if torch.cuda.is_available() and self.world_size > torch.cuda.device_count():
-            pytest.skip(f"{self.world_size} ranks need as many GPUs")
+            pytest.skip(f"{self.world_size} ranks need the same number of GPUs")
         # The ranks need the search path before they can unpickle the rest.
         job = pickle.dumps((list(sys.path), pickle.dumps((function, args))))
         if not self._processes:

@@ -36,7 +36,7 @@ class OwnSide:
 
     def forward_backward(self) -> dict[str, float]:
         """See `sides.Side`."""
-        from megatron_tspin.objective.forward import SUMMED
+        from megatron_tspin.step_metrics import SUMMED
 
         sums = dict(zip(SUMMED, self._trainer.forward_backward(self._triplets).tolist(), strict=True))
         return {name: sums[name] for name in (LOSS, *(f"log_prob_{role}" for role in ROLES))}

@@ -90,7 +90,7 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Wei
 
 
 def _global_name(name: str, model: PolicyModel) -> str:
-    """A parameter's name in the table: its layer counted through the whole network instead of this stage."""
+    """A parameter's name in the table: its layer counted through the whole network instead of this pipeline stage."""
     found = _LAYER.match(name)
     if not found:
         return name

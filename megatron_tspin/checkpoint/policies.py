@@ -7,11 +7,6 @@ from megatron_tspin.errors import ArtifactError
 from megatron_tspin.run_folder import RunFolder
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint after an optimizer step."""
-    return checkpoints / f"step_{step:08d}"
-
-
 def policy_checkpoint(folder: RunFolder, policy: int) -> Path:
     """The checkpoint of policy number `policy` (0 is the initial policy).
 

@@ -7,13 +7,12 @@ from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_annotated, write_examples
 from megatron_tspin.data.encoding import Encoder
 from megatron_tspin.data.indexed import open_documents, write_documents
-from megatron_tspin.data.paths import HELD_OUT, TRAIN, document_stem, examples_path
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_tspin.data.vocabulary import check_vocabulary, model_vocab_size
 from megatron_tspin.errors import ArtifactError
 from megatron_tspin.log import get_logger
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path
 from megatron_tspin.storage import sha256_file
 
 logger = get_logger(__name__)

@@ -83,7 +83,7 @@ class Engine:
     def _next_tokens(
         self, batch: "_Batch", tokens: Tensor, position: int, decoding: Decoding
     ) -> tuple[list[int], list[float]]:
-        """Runs tokens [b, s] through the pipeline and chooses the next one of each row, known to all stages."""
+        """Runs tokens [b, s] through the pipeline and chooses the next one of each row, known to all of it."""
         logits = self._forward(tokens, batch.position_ids(tokens.shape[1]), batch.mask(tokens.shape[1], self._window()))
         rows = tokens.shape[0]
         result = torch.zeros(2, rows, dtype=torch.float64, device=device())
@@ -102,7 +102,7 @@ class Engine:
         return window
 
     def _forward(self, tokens: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor | None:
-        """One pass through all stages; logits [b, V] on the last stage, None elsewhere."""
+        """One pass through all pipeline stages; logits [b, V] on the last one, None elsewhere."""
         topology, config = self._topology, self._model.config
         if not topology.is_first_pipeline_stage:
             hidden = torch.empty(

@@ -8,15 +8,15 @@ from statistics import fmean
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
 from megatron_tspin.data.indexed import open_documents
-from megatron_tspin.data.paths import HELD_OUT, document_stem, examples_path
 from megatron_tspin.generation.player import Player
 from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer
 from megatron_tspin.generation.shards import Prompt
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.records import DecodingResult, Evaluation, Response
+from megatron_tspin.run_folder import HELD_OUT, document_stem, examples_path, held_out_answers
 
 
-def evaluate_policy(config: Config, player: Player, policy: int, data: Path, answers: Path) -> Evaluation:
+def evaluate_policy(config: Config, player: Player, policy: int, data: Path, results: Path) -> Evaluation:
     """Answers the held-out prompts greedily and by sampling, scores the answers, and scores the annotated responses.
 
     Args:
@@ -24,7 +24,7 @@ def evaluate_policy(config: Config, player: Player, policy: int, data: Path, ans
         player: The policy.
         policy: Its number in the run.
         data: Folder of the run's documents.
-        answers: Folder for the shards of answers.
+        results: File that they are meant for; the shards of answers go beside it.
     """
     examples = read_examples(examples_path(data, HELD_OUT))
     prompts = open_documents(document_stem(data, HELD_OUT, "prompt"))
@@ -33,17 +33,19 @@ def evaluate_policy(config: Config, player: Player, policy: int, data: Path, ans
     scorer = load_scorer(config.evaluation.scorer) if config.evaluation.scorer else None
     found: dict[str, list[Response]] = {}
     if config.evaluation.greedy:
-        found["greedy"] = player.answer(wanted, f"held-out/{policy}/greedy", answers / "greedy", greedy=True)
+        found["greedy"] = player.answer(
+            wanted, f"held-out/{policy}/greedy", held_out_answers(results, "greedy"), greedy=True
+        )
     if config.evaluation.sampled:
-        found["sampled"] = player.answer(wanted, f"held-out/{policy}/sampled", answers / "sampled")
+        found["sampled"] = player.answer(wanted, f"held-out/{policy}/sampled", held_out_answers(results, "sampled"))
     pairs = [(prompts[index], annotated[index]) for index in range(len(examples))]
     log_probs = score_pairs(player.model, player.topology, pairs, description=f"held-out/{policy}/annotated")
-    results = {name: decoding_result(examples, responses, scorer) for name, responses in found.items()}
+    scored = {name: decoding_result(examples, responses, scorer) for name, responses in found.items()}
     sampled = found.get("sampled")
     return Evaluation(
         iteration=policy,
-        greedy=results.get("greedy"),
-        sampled=results.get("sampled"),
+        greedy=scored.get("greedy"),
+        sampled=scored.get("sampled"),
         log_prob_annotated=fmean(log_probs),
         log_prob_sampled=fmean(sum(response.token_log_probs) for response in sampled) if sampled else None,
         nll_per_token=-sum(log_probs) / sum(len(response) for _, response in pairs),

@@ -20,6 +20,7 @@ from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.log import get_logger, progress_bar
 from megatron_tspin.parallel import Topology
 from megatron_tspin.records import Response, read_records
+from megatron_tspin.run_folder import shard_path, shard_settings
 from megatron_tspin.storage import read_json, write_json, write_text
 
 _log = get_logger(__name__)
@@ -74,11 +75,6 @@ class Request:
         return digest.hexdigest()
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """File of a shard."""
-    return folder / f"shard_{number:05d}.jsonl"
-
-
 def generate_shards(
     request: Request, engine: Engine, topology: Topology, tokenizer: Tokenizer, folder: Path
 ) -> list[Response]:
@@ -106,7 +102,7 @@ def generate_shards(
 
 def _bind(folder: Path, settings: dict[str, Any]) -> None:
     """Refuses to mix answers made with different settings."""
-    path = folder / "settings.json"
+    path = shard_settings(folder)
     if not path.is_file():
         write_json(path, settings)
         return

@@ -12,7 +12,6 @@ from megatron_tspin.checkpoint.policies import policy_checkpoint
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
-from megatron_tspin.data.paths import HELD_OUT, TRAIN, document_stem, examples_path
 from megatron_tspin.data.role_documents import binding_facts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import evaluate_policy
@@ -21,7 +20,7 @@ from megatron_tspin.generation.shards import Prompt
 from megatron_tspin.objective.roles import stored_roles
 from megatron_tspin.parallel import distributed
 from megatron_tspin.records import Response, RolloutSummary, read_json_lines
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, shard_summary
 from megatron_tspin.storage import write_json, write_text
 
 
@@ -69,7 +68,7 @@ def _answer_training_prompts(
         stem = document_stem(documents, TRAIN, role)
         write_documents(stem, [response.response_ids for response in responses], player.vocab_size, facts)
         annotated = open_documents(document_stem(folder.data, TRAIN, "annotated"))
-        write_json(shards / "summary.json", summarise(responses, player.eos_id, annotated).model_dump())
+        write_json(shard_summary(shards), summarise(responses, player.eos_id, annotated).model_dump())
     dist.barrier()
 
 
@@ -91,7 +90,7 @@ def _evaluate(config: Config, player: Player, policy: int, output: Path) -> None
     if output.is_file():
         return
     folder = RunFolder(Path(config.run_dir))
-    evaluation = evaluate_policy(config, player, policy, folder.data, output.with_suffix(""))
+    evaluation = evaluate_policy(config, player, policy, folder.data, output)
     if player.topology.speaks:
         write_text(output, evaluation.model_dump_json(indent=2) + "\n")
     dist.barrier()

@@ -1,7 +1,7 @@
 """Core attention and RMSNorm for megatron-core's layers, readable and the same on every platform.
 
 megatron-core's local attention forks CUDA's random state and its local norm refuses sequence parallelism; these two
-do neither. Both come in through the layer spec (`models/provider.py`).
+do neither. Both come in through the layer spec (`models/layer_specs.py`).
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class KeyValueCache:
         self._value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the keys and values [s, b, groups, d] of new tokens; returns all so far [filled, b, groups, d]."""
+        """Adds the keys and values [s, b, key groups, d] of new tokens; returns all so far, `filled` of them."""
         if self._key is None or self._value is None:
             self._key = key.new_empty((self.slots, *key.shape[1:]))
             self._value = value.new_empty((self.slots, *value.shape[1:]))
@@ -75,8 +75,8 @@ class CausalAttention(torch.nn.Module):
 
         Args:
             query: [s, b, heads, d], rotated.
-            key: [s, b, groups, d], rotated.
-            value: [s, b, groups, d].
+            key: [s, b, key groups, d], rotated.
+            value: [s, b, key groups, d].
             attention_mask: See the class.
             packed_seq_params: The layout of a packed row, of which s tokens are on this rank; b is 1.
 
@@ -88,7 +88,7 @@ class CausalAttention(torch.nn.Module):
         if self.cache is not None:
             key, value = self.cache.append(key, value)
         repeats = query.shape[2] // key.shape[2]
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or groups, s, d]
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or key groups, s, d]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         if attention_mask is None and self.window is not None and q.shape[2] > self.window:

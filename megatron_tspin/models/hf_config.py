@@ -53,7 +53,7 @@ class Architecture:
     """Where the HF checkpoint lies; rope frequencies are computed from its config by transformers' functions."""
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
-        """Vocabulary rows of the embedding and the head, so that each TP rank holds as many.
+        """Vocabulary rows of the embedding and the head, so that each TP rank holds the same number.
 
         A multiple of 128 that does not depend on TP as long as TP is a power of two up to 128.
         """
@@ -79,13 +79,13 @@ class Architecture:
             InputError: TP does not divide the heads, the KV heads or the MLP, or PP the layers; all in one message.
         """
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        stages = pipeline * parallel.num_virtual_stages
+        pieces = pipeline * parallel.num_virtual_stages
         virtual = " x virtual_pipeline_model_parallel_size" if parallel.num_virtual_stages > 1 else ""
         divisors = [
             ("tensor_model_parallel_size", tensor, "attention heads", self.num_heads),
             ("tensor_model_parallel_size", tensor, "key-value heads", self.num_kv_heads),
             ("tensor_model_parallel_size", tensor, "MLP columns", self.ffn_hidden_size),
-            (f"pipeline_model_parallel_size{virtual}", stages, "layers", self.num_layers),
+            (f"pipeline_model_parallel_size{virtual}", pieces, "layers", self.num_layers),
         ]
         refused = [
             f"parallel.{name} = {size} does not divide the {count} {what} of {self.folder}; use a divisor of {count}"
@@ -205,7 +205,7 @@ def _sliding_window(config: dict[str, Any]) -> int | None:
 
 
 def _num_kv_heads(config: dict[str, Any]) -> int:
-    """As many as heads where the config has none; HF's Mistral has 8 where the config is silent."""
+    """The number of heads where the config has none; HF's Mistral has 8 where the config is silent."""
     silent = 8 if config["model_type"] == "mistral" else None
     return int(config.get("num_key_value_heads", silent) or config["num_attention_heads"])
 

@@ -21,7 +21,7 @@ from megatron_tspin.precision import in_fp8, uses_transformer_engine
 def block_spec(
     precision: PrecisionSection, first_layer: int, count: int, num_layers: int
 ) -> TransformerBlockSubmodules:
-    """The layers `first_layer` (from 0, through the whole network) and following of a stage, and the last norm."""
+    """The layers of a pipeline stage, from `first_layer` (from 0, through the whole network) on, and the last norm."""
     if uses_transformer_engine(precision):
         # Which of these compute in FP8 megatron-core decides, layer by layer, from its config.
         return TransformerBlockSubmodules(layer_specs=[te_layer()] * count, layer_norm=_te_norm())

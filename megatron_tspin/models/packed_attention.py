@@ -1,6 +1,6 @@
 """Attention over a packed row, by backend. All give the same numbers up to rounding.
 
-segments  torch's CPU flash kernel without a mask, large groups block by block, small ones side by side
+segments  torch's CPU flash kernel without a mask, large bundles block by block, small ones side by side
 flex      torch's FlexAttention with a block mask that the layers share (CUDA)
 thd       Transformer Engine's attention, for rows whose prompts are not shared (CUDA); shared ones go to flex
 dense     one SDPA with a mask of [queries, keys]: readable, the reference for the others
@@ -20,8 +20,8 @@ from megatron_tspin.models.segment_plan import plan_segments
 from megatron_tspin.models.te_attention import fits, thd_attention
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, float, int | None], Tensor]
-"""Queries [s, heads, d] of this rank, keys and values [t, groups, d] of the whole row, the layout, the softmax scale,
-and the sliding window; returns [s, heads, d]."""
+"""Queries [s, heads, d] of this rank, keys and values [t, key groups, d] of the whole row, the layout, the softmax
+scale, and the sliding window; returns [s, heads, d]."""
 
 
 def choose_backend(name: str, device: torch.device, engine: bool = False, share_prompts: bool = True) -> str:
@@ -61,8 +61,8 @@ def visible(layout: RowLayout, window: int | None, device: torch.device) -> Tens
 
 def _sees(facts: Tensor, query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """The rule of a packed row, for row indices of queries and keys that broadcast against each other."""
-    group, segment, position = facts
-    same = (group[query] == group[key]) & (group[query] >= 0)
+    bundle, segment, position = facts
+    same = (bundle[query] == bundle[key]) & (bundle[query] >= 0)
     seen: Tensor = same & (key <= query) & ((segment[key] == 0) | (segment[key] == segment[query]))
     if window is not None:
         seen = seen & (position[query] - position[key] < window)
@@ -104,7 +104,7 @@ def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
 ) -> Tensor:
     """By `segment_plan`, made once a row. A window that some sequence exceeds goes to `dense`."""
-    if window is not None and layout.longest_group > window:
+    if window is not None and layout.longest_sequence > window:
         return dense_attention(query, key, value, layout, scale, window)
     heads = (query.shape[1], *key.shape[1:])
     plan = layout.cached(("segments", *heads), lambda: plan_segments(layout, *heads))

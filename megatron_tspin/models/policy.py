@@ -1,4 +1,4 @@
-"""The policy: megatron-core's GPTModel whose last stage answers with log-probs of responses instead of logits."""
+"""The policy: a GPTModel of megatron-core whose last pipeline stage answers with log-probs of responses, no logits."""
 
 from typing import Any
 
@@ -27,7 +27,8 @@ from megatron_tspin.models.row_layout import RowLayout
 class PolicyModel(GPTModel):
     """A causal language model that returns what T-SPIN needs.
 
-    Built by `models.provider.model_provider`. Hidden states are [s, b, h] (s split over TP under sequence parallelism).
+    Built by what `models.provider.make_model_provider` returns. Hidden states are [s, b, h] (s split over TP under
+    sequence parallelism).
     """
 
     def __init__(self, architecture: Architecture, rotary: RotaryFrequencies, **arguments: Any) -> None:
@@ -51,7 +52,7 @@ class PolicyModel(GPTModel):
         layout: RowLayout | None = None,
         next_token_logits: bool = False,
     ) -> Tensor:
-        """Runs this stage of the policy.
+        """Runs this pipeline stage of the policy.
 
         Args:
             tokens: int64 [b, s].
@@ -62,7 +63,7 @@ class PolicyModel(GPTModel):
             next_token_logits: Ask for the logits after the last position instead.
 
         Returns:
-            On all but the last stage the hidden states [s, b, h]; on the last one the sequence log-probs fp32
+            On all but the last pipeline stage the hidden states [s, b, h]; on that one the sequence log-probs fp32
             [num_responses] ([3, num_responses] with diagnostics, see `head.sequence_log_probs`), or logits fp32
             [b, vocab_size].
         """
@@ -78,7 +79,7 @@ class PolicyModel(GPTModel):
         if next_token_logits:
             return full_logits(hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size)
         if targets is None:
-            raise ValueError("the last stage needs the responses whose log-probs it has to compute")
+            raise ValueError("the last pipeline stage needs the responses whose log-probs it has to compute")
         log_probs = self._sequence_log_probs(hidden, targets)
         if layout is not None and layout.context.size > 1:
             log_probs = run(_SumOverContext, log_probs, layout.context.group)

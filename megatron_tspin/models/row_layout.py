@@ -1,7 +1,9 @@
 """Where the prompts and responses of a packed row lie, and which of its tokens see which.
 
-A packed row is a sequence of groups: a prompt, then its responses one after another. A response sees the prompt and
-itself; positions restart behind the prompt for each response. A group with one response is an ordinary causal sequence.
+A packed row is a sequence of bundles: a prompt, then its responses one after another. A response sees the prompt and
+itself; positions restart behind the prompt for each response. A bundle with one response is an ordinary causal
+sequence. The prompt and each response are the segments of a bundle; the attention backend `segments` goes by where they
+lie, without a mask.
 
 Under context parallelism (CP) a row is cut into 2 x CP equal chunks and rank r holds chunks r and 2 x CP - 1 - r, so
 that early tokens, which see few others, and late ones are shared out evenly.
@@ -21,7 +23,7 @@ _PROMPT = 0
 
 
 @dataclass(frozen=True)
-class Group:
+class Bundle:
     """A prompt and its responses, as lengths of the tokens that are in the row; a response may have none."""
 
     prompt: int
@@ -29,7 +31,7 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the group in the row."""
+        """Tokens of the bundle in the row."""
         return self.prompt + sum(self.responses)
 
 
@@ -61,17 +63,17 @@ WHOLE_ROW = ContextShare()
 
 @dataclass
 class RowLayout(PackedSeqParams):
-    """The groups of a packed row. It reaches the attention of every layer through megatron-core's `packed_seq_params`.
+    """The bundles of a packed row. It reaches the attention of every layer through megatron-core's `packed_seq_params`.
 
     Attributes:
-        groups: In the order of the row, which starts with the first one and ends with padding.
+        bundles: In the order of the row, which starts with the first one and ends with padding.
         length: Tokens of the row, padding included; a multiple of 2 x CP under context parallelism.
         context: Which part of the row this rank holds.
     """
 
     # Not "thd": megatron-core would take the batch dimension away and ask for cumulative lengths.
     qkv_format: str = "sbhd"
-    groups: tuple[Group, ...] = ()
+    bundles: tuple[Bundle, ...] = ()
     length: int = 0
     context: ContextShare = WHOLE_ROW
     _masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -98,28 +100,28 @@ class RowLayout(PackedSeqParams):
         return torch.cat([torch.arange(i * size, (i + 1) * size) for i in place])
 
     @cached_property
-    def longest_group(self) -> int:
+    def longest_sequence(self) -> int:
         """Tokens of the longest sequence: a prompt with its longest response."""
-        return max((group.prompt + max(group.responses, default=0) for group in self.groups), default=0)
+        return max((bundle.prompt + max(bundle.responses, default=0) for bundle in self.bundles), default=0)
 
     def segments(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Per prompt and response: group number, segment number (0 is the prompt), start, end, start of the prompt."""
+        """Of each segment: its bundle's number, its own (0 is the prompt), start, end, start of the prompt."""
         start = 0
-        for number, group in enumerate(self.groups):
+        for number, bundle in enumerate(self.bundles):
             first = start
-            for segment, size in enumerate((group.prompt, *group.responses)):
+            for segment, size in enumerate((bundle.prompt, *bundle.responses)):
                 yield number, segment, start, start + size, first
                 start += size
 
     @cached_property
     def blocks(self) -> list[AttentionBlock]:
-        """`blocks_of` all groups."""
-        return self.blocks_of(range(len(self.groups)))
+        """`blocks_of` all bundles."""
+        return self.blocks_of(range(len(self.bundles)))
 
     def blocks_of(self, numbers: Iterable[int]) -> list[AttentionBlock]:
-        """What this rank's queries of some groups see, as rectangles without masked entries and causal squares.
+        """What this rank's queries of some bundles see, as rectangles without masked entries and causal squares.
 
-        Each query of a group is in exactly one causal block; those come first.
+        Each query of a bundle is in exactly one causal block; those come first.
         """
         causal: list[AttentionBlock] = []
         whole: list[AttentionBlock] = []
@@ -134,7 +136,7 @@ class RowLayout(PackedSeqParams):
                     query = (first - chunk_start + offset, last - chunk_start + offset)
                     causal.append(AttentionBlock(*query, first, last, causal=True))
                     if start != prompt_start:
-                        prompt_end = prompt_start + self.groups[number].prompt
+                        prompt_end = prompt_start + self.bundles[number].prompt
                         _append(whole, AttentionBlock(*query, prompt_start, prompt_end, causal=False))
                     if first > start:
                         _append(whole, AttentionBlock(*query, start, first, causal=False))
@@ -142,12 +144,12 @@ class RowLayout(PackedSeqParams):
         return causal + whole
 
     def _causal_runs(self) -> Iterator[tuple[int, int, int, int]]:
-        """Group number, start, end, start of the prompt: of a prompt with its first response, of each other one."""
+        """Bundle number, start, end, start of the prompt: of a prompt with its first response, of each other one."""
         start = 0
-        for number, group in enumerate(self.groups):
-            first, *others = [size for size in group.responses if size] or [0]
+        for number, bundle in enumerate(self.bundles):
+            first, *others = [size for size in bundle.responses if size] or [0]
             prompt_start = start
-            for size in (group.prompt + first, *others):
+            for size in (bundle.prompt + first, *others):
                 yield number, start, start + size, prompt_start
                 start += size
 
@@ -158,13 +160,13 @@ class RowLayout(PackedSeqParams):
         return self._masks[key]
 
     def token_facts(self, device: torch.device) -> Tensor:
-        """int64 [3, length]: group (padding: -1), segment and position of each token of the row."""
+        """int64 [3, length]: bundle (padding: -1), segment and position of each token of the row."""
         facts = torch.zeros(3, self.length, dtype=torch.int64)
         facts[0] = -1
         for number, segment, start, end, _ in self.segments():
             facts[0, start:end] = number
             facts[1, start:end] = segment
-            offset = 0 if segment == _PROMPT else self.groups[number].prompt
+            offset = 0 if segment == _PROMPT else self.bundles[number].prompt
             facts[2, start:end] = torch.arange(offset, offset + end - start)
         return facts.to(device)
 

@@ -1,4 +1,4 @@
-"""Attention over a packed row by torch's CPU flash kernel, as `segment_plan` lays the row's groups out.
+"""Attention over a packed row by torch's CPU flash kernel, as `segment_plan` lays the row's bundles out.
 
 Given the log-sum-exp and the output of all that a query sees, the gradient of one part of it is that of the kernel on
 the part alone, so nothing is kept but outputs and log-sum-exps, and parts need no mask. In kernel calls key-value heads
@@ -24,9 +24,9 @@ def attend_by_plan(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan,
 
     Args:
         query: [s, heads, d] of this rank.
-        key: [t, groups, d] of the whole row.
-        value: [t, groups, d].
-        plan: Of the row, for these heads and groups.
+        key: [t, key groups, d] of the whole row.
+        value: [t, key groups, d].
+        plan: Of the row, for these heads and key groups.
         scale: Of the scores, before softmax.
 
     Returns:
@@ -36,7 +36,7 @@ def attend_by_plan(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan,
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """Batches of sequences first, then the blocks of the groups that are in none."""
+    """Batches of sequences first, then the blocks of the bundles that are in none."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
@@ -107,10 +107,10 @@ def _forward_blocks(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, blocks: Sequence[AttentionBlock], scale: float
 ) -> Tensor:
     """Writes the blocks' output into `out`; returns their log-sum-exp, fp32 [key groups, heads of each, s]."""
-    groups = key.shape[1]
-    log_sum_exp = query.new_zeros((groups, query.shape[1] // groups, query.shape[0]), dtype=torch.float32)
-    q, o = _by_group(query, groups), _by_group(out, groups)
-    k, v = (_by_group(part, groups).expand(-1, q.shape[1], -1, -1) for part in (key, value))
+    key_groups = key.shape[1]
+    log_sum_exp = query.new_zeros((key_groups, query.shape[1] // key_groups, query.shape[0]), dtype=torch.float32)
+    q, o = _by_key_group(query, key_groups), _by_key_group(out, key_groups)
+    k, v = (_by_key_group(part, key_groups).expand(-1, q.shape[1], -1, -1) for part in (key, value))
     for block in blocks:
         here, keys = slice(block.query_start, block.query_end), slice(block.key_start, block.key_end)
         part, part_lse = _flash(q[:, :, here], k[:, :, keys], v[:, :, keys], 0.0, block.causal, scale=scale)
@@ -141,10 +141,10 @@ def _backward_blocks(
         blocks: Of the row.
         scale: Of the scores.
     """
-    groups = given[2].shape[1]
-    gradient, q, k, v, o = (_by_group(each, groups) for each in given)
+    key_groups = given[2].shape[1]
+    gradient, q, k, v, o = (_by_key_group(each, key_groups) for each in given)
     k, v = (each.expand(-1, q.shape[1], -1, -1) for each in (k, v))
-    total_q, total_k, total_v = (_by_group(each, groups) for each in totals)
+    total_q, total_k, total_v = (_by_key_group(each, key_groups) for each in totals)
     for block in blocks:
         here, keys = slice(block.query_start, block.query_end), slice(block.key_start, block.key_end)
         for_q, for_k, for_v = _flash_backward(
@@ -163,7 +163,7 @@ def _backward_blocks(
         total_v[:, :, keys] += for_v.sum(dim=1, keepdim=True)
 
 
-def _by_group(tensor: Tensor, groups: int) -> Tensor:
-    """[s, heads, d] seen as [groups, heads of a group, s, d]."""
+def _by_key_group(tensor: Tensor, key_groups: int) -> Tensor:
+    """[s, heads, d] seen as [key groups, heads of each, s, d]."""
     length, heads, size = tensor.shape
-    return tensor.view(length, groups, heads // groups, size).permute(1, 2, 0, 3)
+    return tensor.view(length, key_groups, heads // key_groups, size).permute(1, 2, 0, 3)

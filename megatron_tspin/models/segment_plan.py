@@ -1,8 +1,8 @@
-"""How the CPU backend `segments` attends over a packed row: which groups block by block, which side by side.
+"""How the CPU backend `segments` attends over a packed row: which bundles block by block, which side by side.
 
-Block by block a group takes some calls of the kernel and computes nothing twice. Side by side each response with a copy
-of its prompt is an ordinary causal sequence, and sequences of about the same length, of any groups, take one call
-together. Small groups are dear by the call, large ones by the pairs that are computed; each group goes the cheaper way.
+Block by block a bundle takes some calls of the kernel and computes nothing twice. Side by side each response with a
+copy of its prompt is an ordinary causal sequence, and sequences of about the same length, of any bundles, take one call
+together. Small bundles are dear by the call, large ones by the pairs that are computed; each goes the cheaper way.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_tspin.models.row_layout import AttentionBlock, Group, RowLayout
+from megatron_tspin.models.row_layout import AttentionBlock, Bundle, RowLayout
 
 # Prices in computed pairs of query and key, of one head of size 1. Measured with torch 2.13 on one thread of an AMD
 # EPYC with AVX-512, forward and backward, fp32: a pair 0.35 to 0.55 ns a head and dimension (squares of 32 to 1024), a
-# call with its slices and sums some 80 us (4 to 24 groups of 32 tokens, both ways), about 200,000 pairs. Half of it was
-# as good in noisy trials on the quickstart's rows. The price of a token copied in and out is from single copies,
+# call with its slices and sums some 80 us (4 to 24 bundles of 32 tokens, both ways), about 200,000 pairs. Half of it
+# was as good in noisy trials on the quickstart's rows. The price of a token copied in and out is from single copies,
 # 0.15 ns a number.
 _CALL = 100_000.0
 _TOKEN = 4.0
@@ -30,13 +30,13 @@ class CausalSequence:
     """A prompt and one of its responses, as they lie in the row.
 
     Attributes:
-        group: Number of the group.
+        bundle: Number of the bundle.
         prompt: [start, end) of the prompt.
         response: [start, end) of the response, which may be empty.
         copies_prompt: An earlier sequence stands for the prompt's output.
     """
 
-    group: int
+    bundle: int
     prompt: tuple[int, int]
     response: tuple[int, int]
     copies_prompt: bool
@@ -85,10 +85,10 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """The ways of a row's groups.
+    """The ways of a row's bundles.
 
     Attributes:
-        blocks: Of the groups that go block by block.
+        blocks: Of the bundles that go block by block.
         batches: Of those that go side by side.
         outside: [start, end) of the row's tokens that are in no batch, padding included.
         source: int64 [tokens x key groups]: the place, counted through all batches, whose output is the token's; 0
@@ -102,7 +102,7 @@ class SegmentPlan:
 
 
 def plan_segments(layout: RowLayout, heads: int, key_groups: int, head_dim: int) -> SegmentPlan:
-    """Chooses the cheaper way of each group. Under context parallelism all go block by block: ranks hold parts of them.
+    """Chooses the cheaper way of each bundle. Under context parallelism all go by blocks: ranks hold parts of them.
 
     Args:
         layout: The row.
@@ -112,12 +112,12 @@ def plan_segments(layout: RowLayout, heads: int, key_groups: int, head_dim: int)
     """
     call = _CALL / (heads * head_dim)
     sequences = [] if layout.context.size > 1 else _small_sequences(layout, call)
-    small = {sequence.group for sequence in sequences}
+    small = {sequence.bundle for sequence in sequences}
     batches = [SequenceBatch(tuple(part), key_groups) for part in _of_similar_length(sequences, call)]
     if not batches:
         return SegmentPlan(layout.blocks, [], [], torch.empty(0, dtype=torch.int64))
     return SegmentPlan(
-        blocks=layout.blocks_of(number for number in range(len(layout.groups)) if number not in small),
+        blocks=layout.blocks_of(number for number in range(len(layout.bundles)) if number not in small),
         batches=batches,
         outside=_outside(layout, small),
         source=_source(layout, batches, key_groups),
@@ -125,21 +125,21 @@ def plan_segments(layout: RowLayout, heads: int, key_groups: int, head_dim: int)
 
 
 def _small_sequences(layout: RowLayout, call: float) -> list[CausalSequence]:
-    """The sequences of all groups that are cheaper side by side."""
+    """The sequences of all bundles that are cheaper side by side."""
     found: list[CausalSequence] = []
     start = 0
-    for number, group in enumerate(layout.groups):
-        if _side_by_side(group) < _block_by_block(group, call):
-            found += _sequences(number, group, start)
-        start += group.tokens
+    for number, bundle in enumerate(layout.bundles):
+        if _side_by_side(bundle) < _block_by_block(bundle, call):
+            found += _sequences(number, bundle, start)
+        start += bundle.tokens
     return found
 
 
-def _sequences(number: int, group: Group, start: int) -> Iterable[CausalSequence]:
+def _sequences(number: int, bundle: Bundle, start: int) -> Iterable[CausalSequence]:
     """One for each response that has tokens; the prompt alone where none has."""
-    prompt = (start, start + group.prompt)
+    prompt = (start, start + bundle.prompt)
     end = prompt[1]
-    sizes = [size for size in group.responses if size] or [0]
+    sizes = [size for size in bundle.responses if size] or [0]
     for copies, size in enumerate(sizes):
         yield CausalSequence(number, prompt, (end, end + size), copies_prompt=copies > 0)
         end += size
@@ -149,16 +149,16 @@ def _triangle(length: int) -> float:
     return length * (length + 1) / 2
 
 
-def _side_by_side(group: Group) -> float:
-    """The price of a group in pairs, without the calls, which it shares."""
-    lengths = [group.prompt + size for size in group.responses if size] or [group.prompt]
+def _side_by_side(bundle: Bundle) -> float:
+    """The price of a bundle in pairs, without the calls, which it shares."""
+    lengths = [bundle.prompt + size for size in bundle.responses if size] or [bundle.prompt]
     return sum(_triangle(length) + _TOKEN * length for length in lengths)
 
 
-def _block_by_block(group: Group, call: float) -> float:
-    """The price of a group in pairs: a square of the prompt with its first response, one of each other, a rectangle."""
-    first, *others = [size for size in group.responses if size] or [0]
-    pairs = _triangle(group.prompt + first) + sum(_triangle(size) + size * group.prompt for size in others)
+def _block_by_block(bundle: Bundle, call: float) -> float:
+    """The price in pairs: a square of the prompt with its first response, a square and a rectangle of each other one."""
+    first, *others = [size for size in bundle.responses if size] or [0]
+    pairs = _triangle(bundle.prompt + first) + sum(_triangle(size) + size * bundle.prompt for size in others)
     return pairs + call * (len(others) + (2 if others else 1))
 
 
@@ -178,15 +178,15 @@ def _of_similar_length(sequences: Sequence[CausalSequence], call: float) -> list
 
 
 def _outside(layout: RowLayout, small: set[int]) -> list[tuple[int, int]]:
-    """The stretches of the row between groups in `small`, and its padding."""
+    """The stretches of the row between bundles in `small`, and its padding."""
     stretches: list[tuple[int, int]] = []
     start = reached = 0
-    for number, group in enumerate(layout.groups):
+    for number, bundle in enumerate(layout.bundles):
         if number in small:
             if reached < start:
                 stretches.append((reached, start))
-            reached = start + group.tokens
-        start += group.tokens
+            reached = start + bundle.tokens
+        start += bundle.tokens
     return [*stretches, (reached, layout.length)] if reached < layout.length else stretches
 
 

@@ -12,7 +12,7 @@ from megatron_tspin.models.row_layout import RowLayout
 def thd_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention within each sequence; only for rows whose groups have one response, on CUDA."""
+    """Causal attention within each sequence; only for rows whose bundles have one response, on CUDA."""
     _, heads, size = query.shape
     kernel = _kernel(heads, key.shape[1], size, scale, window)
     starts, longest = layout.cached(("thd", query.device), lambda: sequence_starts(layout, query.device))
@@ -30,7 +30,7 @@ def thd_attention(
 
 def fits(layout: RowLayout) -> bool:
     """Whether a row is made of ordinary sequences and lies on this rank as a whole."""
-    alone = all(sum(response > 0 for response in group.responses) <= 1 for group in layout.groups)
+    alone = all(sum(response > 0 for response in bundle.responses) <= 1 for bundle in layout.bundles)
     return alone and layout.context.size == 1
 
 
@@ -40,8 +40,8 @@ def sequence_starts(layout: RowLayout, device: torch.device) -> tuple[Tensor, in
     Padding at the row's tail is a sequence too: no token is left without an output.
     """
     ends = [0]
-    for group in layout.groups:
-        ends.append(ends[-1] + group.tokens)
+    for bundle in layout.bundles:
+        ends.append(ends[-1] + bundle.tokens)
     if ends[-1] < layout.length:
         ends.append(layout.length)
     longest = max(end - start for start, end in zip(ends, ends[1:], strict=False))
@@ -49,13 +49,13 @@ def sequence_starts(layout: RowLayout, device: torch.device) -> tuple[Tensor, in
 
 
 @cache
-def _kernel(heads: int, groups: int, size: int, scale: float, window: int | None) -> Any:
+def _kernel(heads: int, key_groups: int, size: int, scale: float, window: int | None) -> Any:
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
         heads,
         size,
-        num_gqa_groups=groups,
+        num_gqa_groups=key_groups,
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal",

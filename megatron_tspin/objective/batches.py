@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_tspin.models.row_layout import WHOLE_ROW, ContextShare
 from megatron_tspin.objective.packing import Packing, Shape, WorkModel, plan_rows
-from megatron_tspin.objective.rows import Pair, PromptGroup, Rows, pack_row, pad_rows, row_length
+from megatron_tspin.objective.rows import BundleIds, Pair, Rows, pack_row, pad_rows, row_length
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Triplet:
         """Its lengths."""
         return Shape(len(self.prompt), tuple(len(response) for response in self.responses.values()))
 
-    def groups(self, share_prompts: bool) -> list[PromptGroup]:
+    def bundles(self, share_prompts: bool) -> list[BundleIds]:
         """The prompt with all responses, or with each."""
         responses = list(self.responses.values())
         return [(self.prompt, responses)] if share_prompts else [(self.prompt, [each]) for each in responses]
@@ -91,7 +91,7 @@ class BatchPlanner:
     diagnostics: bool = False
 
     def plan(self, triplets: Sequence[Triplet]) -> list[MicroBatch]:
-        """The micro-batches of this replica; every replica gets as many.
+        """The micro-batches of this replica; every replica gets the same number.
 
         Args:
             triplets: Of the global batch, in order, the same on every rank; at least one.
@@ -105,7 +105,7 @@ class BatchPlanner:
             self._micro_batch(
                 members := [triplets[i] for i in row.members],
                 pack_row(
-                    [group for triplet in members for group in triplet.groups(packing.share_prompts)],
+                    [bundle for triplet in members for bundle in triplet.bundles(packing.share_prompts)],
                     row.length,
                     self.context,
                     self.diagnostics,

@@ -28,22 +28,22 @@ class Shape:
     prompt: int
     responses: tuple[int, ...]
 
-    def groups(self, share_prompts: bool) -> list["Shape"]:
+    def bundles(self, share_prompts: bool) -> list["Shape"]:
         """Itself, or one prompt a response where prompts are not shared."""
         return [self] if share_prompts else [Shape(self.prompt, (response,)) for response in self.responses]
 
     def row_tokens(self, share_prompts: bool) -> int:
         """Places that the triplet takes in a packed row."""
         return sum(
-            group.prompt + sum(response - 1 for response in group.responses) for group in self.groups(share_prompts)
+            bundle.prompt + sum(response - 1 for response in bundle.responses) for bundle in self.bundles(share_prompts)
         )
 
     def attention_pairs(self, share_prompts: bool) -> int:
         """Number of (query, key) pairs that see each other."""
         pairs = 0
-        for group in self.groups(share_prompts):
-            pairs += _triangle(group.prompt)
-            pairs += sum(_triangle(response - 1) + (response - 1) * group.prompt for response in group.responses)
+        for bundle in self.bundles(share_prompts):
+            pairs += _triangle(bundle.prompt)
+            pairs += sum(_triangle(response - 1) + (response - 1) * bundle.prompt for response in bundle.responses)
         return pairs
 
 
@@ -127,7 +127,7 @@ class PlannedRow:
 
 
 def plan_rows(shapes: Sequence[Shape], packing: Packing, work: WorkModel, replicas: int = 1) -> list[list[PlannedRow]]:
-    """Places whole triplets into rows; every replica gets as many rows, of about the same work.
+    """Places whole triplets into rows; every replica gets the same number of rows, of about the same work.
 
     Longest-processing-time first: triplets by falling work, each into the lightest row that has room. Rows are as
     few as the capacity allows; where placing fails, one more row a replica is tried.

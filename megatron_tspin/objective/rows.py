@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tspin.models.head import ResponseTargets
-from megatron_tspin.models.row_layout import WHOLE_ROW, ContextShare, Group, RowLayout
+from megatron_tspin.models.row_layout import WHOLE_ROW, Bundle, ContextShare, RowLayout
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Prompt ids and response ids."""
@@ -104,23 +104,23 @@ def pad_rows(pairs: Sequence[Pair], num_rows: int, length: int, diagnostics: boo
     )
 
 
-PromptGroup = tuple[Sequence[int], Sequence[Sequence[int]]]
+BundleIds = tuple[Sequence[int], Sequence[Sequence[int]]]
 """Prompt ids and the ids of the responses that share it."""
 
 
 def pack_row(
-    groups: Sequence[PromptGroup], length: int, context: ContextShare = WHOLE_ROW, diagnostics: bool = False
+    bundles: Sequence[BundleIds], length: int, context: ContextShare = WHOLE_ROW, diagnostics: bool = False
 ) -> Rows:
-    """One row of all groups: each prompt once, then its responses without their last tokens, which are only predicted.
+    """One row of all bundles: each prompt once, then its responses without their last tokens, which are only predicted.
 
     Args:
-        groups: Prompts of one token or more with responses of one or more.
-        length: Tokens of the row, at least those of the groups; a multiple of 2 x CP under context parallelism.
+        bundles: Prompts of one token or more with responses of one or more.
+        length: Tokens of the row, at least those of the bundles; a multiple of 2 x CP under context parallelism.
         context: Which part of the row this rank holds.
         diagnostics: See `ResponseTargets`.
     """
     layout = RowLayout(
-        groups=tuple(Group(len(prompt), tuple(len(ids) - 1 for ids in responses)) for prompt, responses in groups),
+        bundles=tuple(Bundle(len(prompt), tuple(len(ids) - 1 for ids in responses)) for prompt, responses in bundles),
         length=length,
         context=context,
     )
@@ -128,7 +128,7 @@ def pack_row(
     position_ids: list[int] = []
     targets: list[tuple[int, int, int]] = []  # row index, token that it predicts, response
     num_responses = 0
-    for prompt, responses in groups:
+    for prompt, responses in bundles:
         last_of_prompt = len(tokens) + len(prompt) - 1
         tokens.extend(prompt)
         position_ids.extend(range(len(prompt)))
@@ -142,11 +142,11 @@ def pack_row(
         tokens=_held(tokens, layout),
         position_ids=_held(position_ids, layout),
         targets=_held_targets(targets, layout, num_responses, diagnostics),
-        num_tokens=sum(len(prompt) + len(response) for prompt, responses in groups for response in responses),
+        num_tokens=sum(len(prompt) + len(response) for prompt, responses in bundles for response in responses),
         places=length,
         used=len(tokens),
-        prompt_tokens=sum(len(prompt) * len(responses) for prompt, responses in groups),
-        prompt_places=sum(len(prompt) for prompt, _ in groups),
+        prompt_tokens=sum(len(prompt) * len(responses) for prompt, responses in bundles),
+        prompt_places=sum(len(prompt) for prompt, _ in bundles),
         layout=layout,
     )
 

@@ -45,10 +45,10 @@ def score_pairs(
     work = work_model(chunks[0].architecture)
     draws = description is not None and topology.speaks
     with torch.no_grad(), progress_bar(description or "", len(pairs), "response", draws) as bar:
-        for groups in _portions(
+        for bundles in _portions(
             _shared(pairs, row_tokens), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size
         ):
-            shapes = [group.shape for group in groups]
+            shapes = [bundle.shape for bundle in bundles]
             packing = Packing(
                 capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
                 multiple=topology.row_length_multiple,
@@ -56,16 +56,16 @@ def score_pairs(
                 row_count_multiple=topology.row_count_multiple,
             )
             planned = plan_rows(shapes, packing, work, topology.dp_size)[topology.dp_rank]
-            members = [[groups[i] for i in row.members] for row in planned]
+            members = [[bundles[i] for i in row.members] for row in planned]
             rows = [
-                pack_row([(group.prompt, group.responses) for group in each], row.length, _context(topology))
+                pack_row([(bundle.prompt, bundle.responses) for bundle in each], row.length, _context(topology))
                 for each, row in zip(members, planned, strict=True)
             ]
             outputs = _run(chunks, rows)
             if topology.is_last_pipeline_stage:
-                indices = [index for each in members for group in each for index in group.indices]
+                indices = [index for each in members for bundle in each for index in bundle.indices]
                 scores[torch.tensor(indices, dtype=torch.int64, device=device())] = torch.cat(outputs).double()
-            bar.update(sum(len(group.responses) for group in groups))
+            bar.update(sum(len(bundle.responses) for bundle in bundles))
     broadcast_from_last_pipeline_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values
@@ -98,16 +98,16 @@ def _shared(pairs: Sequence[Pair], row_tokens: int) -> list[_SharedPrompt]:
     return found
 
 
-def _portions(groups: Sequence[_SharedPrompt], tokens: int) -> Iterator[list[_SharedPrompt]]:
+def _portions(bundles: Sequence[_SharedPrompt], tokens: int) -> Iterator[list[_SharedPrompt]]:
     """Groups in order, about `tokens` at a time: as much as one run of the schedule takes."""
     portion: list[_SharedPrompt] = []
     held = 0
-    for group in groups:
-        size = group.shape.row_tokens(True)
+    for bundle in bundles:
+        size = bundle.shape.row_tokens(True)
         if portion and held + size > tokens:
             yield portion
             portion, held = [], 0
-        portion.append(group)
+        portion.append(bundle)
         held += size
     if portion:
         yield portion
@@ -118,7 +118,7 @@ def _context(topology: Topology) -> ContextShare:
 
 
 def _run(chunks: list[PolicyModel], rows: list[Rows]) -> list[Tensor]:
-    """The sequence log-probs of each row, on the last stage."""
+    """The sequence log-probs of each row, on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     outputs: list[Tensor] = get_forward_backward_func()(

@@ -9,6 +9,7 @@ from megatron_tspin.records import DecodingResult, Evaluation
 from megatron_tspin.report.run_data import RunData
 from megatron_tspin.report.significance import CLEAR_DIFFERENCE, compare_decoding
 from megatron_tspin.report.tables import ABSENT, accuracy, number, percent
+from megatron_tspin.run_folder import HELD_OUT, RunFolder, examples_path
 from megatron_tspin.storage import sha256_file
 
 
@@ -150,7 +151,7 @@ def _compared(run: RunData, item: RunData) -> ComparedRun:
 
 
 def _held_out_hash(run: RunData) -> str | None:
-    path = run.path / "data" / "held_out.jsonl"
+    path = examples_path(RunFolder(run.path).data, HELD_OUT)
     try:
         return sha256_file(path) if path.is_file() else None
     except OSError as error:

@@ -27,6 +27,7 @@ from megatron_tspin.report.samples import load_samples
 from megatron_tspin.report.style import Figure
 from megatron_tspin.report.tables import ABSENT, iteration_rows, measures_with_values
 from megatron_tspin.report.warnings import find_warnings
+from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import write_text
 
 
@@ -56,7 +57,7 @@ def write_report(run_dir: Path, compare: Sequence[Path] = (), output: Path | Non
         InputError: A folder is not a run directory.
     """
     run, others = load_run(run_dir), [load_run(path) for path in compare]
-    target = output or run_dir / "report.html"
+    target = output or RunFolder(run_dir).report
     write_text(target, render(run, others))
     return target
 

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 from megatron_tspin.records import DecodingResult, Evaluation
 from megatron_tspin.report import style
 from megatron_tspin.report.run_data import RunData
-from megatron_tspin.report.style import Figure, getter
+from megatron_tspin.report.style import Figure
 from megatron_tspin.report.tables import iteration_rows
 
 _PANEL_SPACING = 0.075
@@ -16,19 +16,17 @@ _PANEL_SPACING = 0.075
 
 def misaligned_iterations(run: RunData) -> list[int]:
     """Iterations in which y is less probable than y', in the second half of the steps."""
-    return [
-        row.iteration
-        for row in iteration_rows(run)
-        if row.iteration is not None
-        and row.log_prob_annotated is not None
-        and row.log_prob_synthetic is not None
-        and row.log_prob_annotated < row.log_prob_synthetic
-    ]
+    found = []
+    for row in iteration_rows(run):
+        annotated, synthetic = (row.late.get(f"log_prob_{role}") for role in ("annotated", "synthetic"))
+        if row.iteration is not None and annotated is not None and synthetic is not None and annotated < synthetic:
+            found.append(row.iteration)
+    return found
 
 
 def alignment_figure(run: RunData, others: Sequence[RunData] = ()) -> Figure | None:
     """Reward against likelihood per iteration (paper, Figures 3 and 7), one row of panels a run."""
-    shown = [item for item in (run, *others) if any(row.reward_synthetic is not None for row in iteration_rows(item))]
+    shown = [item for item in (run, *others) if _has_pairs(item)]
     if not shown:
         return None
     titles = ("reward", "log-probability", "log-probability per token")
@@ -106,7 +104,6 @@ def accuracy_figure(run: RunData, others: Sequence[RunData] = ()) -> Figure | No
 def length_figure(run: RunData) -> Figure | None:
     """Lengths and shares of answers that end, per iteration."""
     rows = iteration_rows(run)
-    lengths = [(look, getter(f"tokens_{role}")) for role, look in style.ROLES.items()]
     held_out = style.Look("held-out, sampled", "#CC79A7", "dashdot", "triangle-up")
     greedy = style.Look("held-out, greedy", "#8A8F98", "solid", "x")
     figure = make_subplots(
@@ -116,8 +113,9 @@ def length_figure(run: RunData) -> Figure | None:
         subplot_titles=("mean length (tokens)", "answers that end with EOS"),
     )
     training = [row for row in rows if row.iteration is not None]
-    for look, value in lengths:
-        _add_row_line(figure, look, [row.iteration for row in training], [value(row) for row in training], 1)
+    for role, look in style.ROLES.items():
+        lengths = [row.whole[f"tokens_{role}"] for row in training]
+        _add_row_line(figure, look, [row.iteration for row in training], lengths, 1)
     synthetic = [(row.iteration, row.rollout.ended_share) for row in training if row.rollout]
     _add_row_line(figure, style.ROLES["synthetic"], *_columns(synthetic), 2, showlegend=False)
     if run.proto:
@@ -143,18 +141,22 @@ def length_figure(run: RunData) -> Figure | None:
     )
 
 
+def _has_pairs(run: RunData) -> bool:
+    return any(row.late.get("reward_synthetic") is not None for row in iteration_rows(run))
+
+
 def _add_alignment(figure: go.Figure, run: RunData, position: int) -> None:
     rows = [row for row in iteration_rows(run) if row.iteration is not None]
     numbers = [row.iteration for row in rows]
     for role in ("annotated", "synthetic"):
         look = style.ROLES[role]
-        log_probs = [getter(f"log_prob_{role}")(row) for row in rows]
-        lengths = [getter(f"tokens_{role}")(row) for row in rows]
+        log_probs = [row.late[f"log_prob_{role}"] for row in rows]
+        lengths = [row.whole[f"tokens_{role}"] for row in rows]
         per_token = [
             value / length if value is not None and length else None
             for value, length in zip(log_probs, lengths, strict=True)
         ]
-        panels = ([getter(f"reward_{role}")(row) for row in rows], log_probs, per_token)
+        panels = ([row.late[f"reward_{role}"] for row in rows], log_probs, per_token)
         for column, values in enumerate(panels, start=1):
             trace = style.line(
                 look, numbers, values, showlegend=position == 1 and column == 1, hovertemplate="%{y:.3f}"

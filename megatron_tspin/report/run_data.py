@@ -1,7 +1,6 @@
 """What a run directory holds so far, read without torch; whatever is absent yet is simply absent."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, StepMetrics, read_records
+from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, read_records
+from megatron_tspin.run_folder import RunFolder, shard_summary
+from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import read_json
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
@@ -103,26 +104,27 @@ def load_run(run_dir: Path) -> RunData:
     Raises:
         InputError: There is no run.yaml, or it is refused.
     """
-    if not (run_dir / "run.yaml").is_file():
+    folder = RunFolder(run_dir)
+    if not folder.config.is_file():
         raise InputError(f"{run_dir}: not a run directory, it has no run.yaml; name the --run-dir of a `tspin run`")
-    config = load_config(run_dir / "run.yaml", {})
+    config = load_config(folder.config, {})
     problems: list[str] = []
     iterations = [
         Iteration(
             index,
-            _steps(folder / "metrics.jsonl", problems),
-            _record(folder / "synthetic" / "summary.json", RolloutSummary, problems),
-            _record(folder / "precision.json", PrecisionNoise, problems),
+            _steps(folder.metrics(index), problems),
+            _record(shard_summary(folder.synthetic(index)), RolloutSummary, problems),
+            _record(folder.precision(index), PrecisionNoise, problems),
         )
-        for index, folder in _numbered(run_dir, r"iteration_(\d+)")
+        for index in folder.iterations()
     ]
     evaluations = {
         number: evaluation
-        for number, path in _numbered(run_dir / "evaluation", r"policy_(\d+)\.json")
+        for number, path in folder.evaluations()
         if (evaluation := _record(path, Evaluation, problems)) is not None
     }
-    proto = _record(run_dir / "proto" / "summary.json", RolloutSummary, problems)
-    stages = _stages(run_dir / "stages", problems)
+    proto = _record(shard_summary(folder.proto), RolloutSummary, problems)
+    stages = _stages(folder.markers, problems)
     return RunData(run_dir, config, iterations, evaluations, proto, stages, problems)
 
 
@@ -132,13 +134,6 @@ def weighted_mean(steps: Sequence[StepMetrics], field: str) -> float | None:
     known = [(value, weight) for value, weight in pairs if value is not None]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else None
-
-
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Entries of a folder whose whole name matches, with their number, in order of it."""
-    entries: Iterable[Path] = folder.iterdir() if folder.is_dir() else ()
-    matches = ((re.fullmatch(pattern, entry.name), entry) for entry in entries)
-    return sorted((int(match[1]), entry) for match, entry in matches if match)
 
 
 def _steps(path: Path, problems: list[str]) -> list[StepMetrics]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_tspin.errors import InputError
 from megatron_tspin.records import Response, read_json_lines, read_records
 from megatron_tspin.report.run_data import RunData
+from megatron_tspin.run_folder import HELD_OUT, RunFolder, examples_path, held_out_answers, shard_paths
 
 NUM_SAMPLES = 3
 _MOST_CHARACTERS = 4000
@@ -36,7 +37,7 @@ class Sample:
 
 def load_samples(run: RunData) -> list[Sample]:
     """The first held-out prompts; empty without held-out data. What cannot be read goes to `run.problems`."""
-    path = run.path / "data" / "held_out.jsonl"
+    path = examples_path(RunFolder(run.path).data, HELD_OUT)
     if not path.is_file():
         return []
     try:
@@ -65,11 +66,12 @@ def _policies(run: RunData) -> Iterator[tuple[str, Path]]:
     """Folders of the first and the last policy's answers: greedy ones if there are any."""
     numbers = sorted(run.evaluations)
     for number in dict.fromkeys((*numbers[:1], *numbers[-1:])):
-        folder = run.path / "evaluation" / f"policy_{number:03d}"
+        evaluation = RunFolder(run.path).evaluation(number)
         when = "before" if number == 0 else f"after {number} iteration" + ("" if number == 1 else "s")
         for decoding in ("greedy", "sampled"):
-            if any((folder / decoding).glob("shard_*.jsonl")):
-                yield f"{when} ({decoding})", folder / decoding
+            folder = held_out_answers(evaluation, decoding)
+            if shard_paths(folder):
+                yield f"{when} ({decoding})", folder
                 break
 
 
@@ -77,7 +79,7 @@ def _responses(run: RunData, folder: Path, wanted: set[str]) -> dict[str, Respon
     """The wanted responses by prompt id; reads no further than needed."""
     found: dict[str, Response] = {}
     try:
-        for path in sorted(folder.glob("shard_*.jsonl")):
+        for path in shard_paths(folder):
             for response in read_records(path, Response):
                 if response.id in wanted:
                     found[response.id] = response

@@ -7,11 +7,11 @@ from itertools import accumulate
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from megatron_tspin.records import StepMetrics
 from megatron_tspin.report import style
 from megatron_tspin.report.run_data import RunData
 from megatron_tspin.report.style import Figure, getter
 from megatron_tspin.report.warnings import MIN_ACTIVE_SHARE
+from megatron_tspin.step_metrics import StepMetrics
 
 _SMOOTH_FROM = 60  # steps of an iteration; fewer are drawn as they are
 

@@ -1,7 +1,7 @@
 """The table per iteration: one source for the report and for the terminal."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_tspin.records import DecodingResult, Evaluation, MarginNoise, PrecisionNoise, RolloutSummary
 from megatron_tspin.report.run_data import Iteration, RunData, weighted_mean
 from megatron_tspin.report.warnings import MIN_ACTIVE_SHARE, find_warnings
+from megatron_tspin.step_metrics import StepMetrics
 
 ABSENT = "–"
 _LABEL_WIDTH, _COLUMN_WIDTH = 40, 13  # of the terminal's table
@@ -21,38 +22,22 @@ _LABEL_WIDTH, _COLUMN_WIDTH = 40, 13  # of the terminal's table
 class IterationRow:
     """One iteration: its training, the answers it trained on, and the policy that came out.
 
-    Numbers of the policy are means over the second half of the steps, where the iteration has arrived; numbers of the
-    data are means over all of them. Log-probs are sums over the tokens of a response, in nats.
+    The table shows numbers of the policy as means over the second half of the steps, where the iteration has arrived,
+    and numbers of the data as means over all of them. Log-probs are sums over the tokens of a response, in nats.
     """
 
     iteration: int | None
     """None is the start: the initial policy, no training."""
     steps: int = 0
     skipped: int = 0
-    loss_early: float | None = None
-    loss_late: float | None = None
-    log_prob_annotated: float | None = None
-    log_prob_synthetic: float | None = None
-    log_prob_proto: float | None = None
-    reward_annotated: float | None = None
-    reward_synthetic: float | None = None
-    current_advantage: float | None = None
-    historical_advantage: float | None = None
-    current_margin: float | None = None
+    early: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean of each metric of `StepMetrics` over the first half of the steps; the start has none."""
+    late: Mapping[str, float | None] = field(default_factory=dict)
+    """Over the second half."""
+    whole: Mapping[str, float | None] = field(default_factory=dict)
+    """Over all of them."""
     historical_margin: float | None = None
-    active_share: float | None = None
-    identical_share: float | None = None
-    tokens_annotated: float | None = None
-    tokens_synthetic: float | None = None
-    tokens_proto: float | None = None
-    seconds_per_step: float | None = None
-    tokens_per_second: float | None = None
-    packing_efficiency: float | None = None
-    prompt_share_saved: float | None = None
-    entropy_annotated: float | None = None
-    entropy_synthetic: float | None = None
-    top_annotated: float | None = None
-    top_synthetic: float | None = None
+    """Of the second half."""
     rollout: RolloutSummary | None = None
     """The answers y' to the training prompts; of the start: y0."""
     precision: PrecisionNoise | None = None
@@ -111,51 +96,24 @@ def render_terminal(run: RunData, console: Console) -> None:
 
 
 def _row(run: RunData, iteration: Iteration) -> IterationRow:
-    late = {
-        field: weighted_mean(iteration.late, field)
-        for field in (
-            "log_prob_annotated",
-            "log_prob_synthetic",
-            "log_prob_proto",
-            "reward_annotated",
-            "reward_synthetic",
-            "current_advantage",
-            "historical_advantage",
-            "current_margin",
-            "active_share",
-            "entropy_annotated",
-            "entropy_synthetic",
-            "top_annotated",
-            "top_synthetic",
-        )
-    }
-    whole = {
-        field: weighted_mean(iteration.steps, field)
-        for field in (
-            "identical_share",
-            "tokens_annotated",
-            "tokens_synthetic",
-            "tokens_proto",
-            "tokens_per_second",
-            "packing_efficiency",
-            "prompt_share_saved",
-        )
-    }
+    late = _means(iteration.late)
     historical = late["historical_advantage"]
     return IterationRow(
         iteration=iteration.index,
         steps=len(iteration.steps),
         skipped=sum(step.update_skipped for step in iteration.steps),
-        loss_early=weighted_mean(iteration.early, "loss"),
-        loss_late=weighted_mean(iteration.late, "loss"),
+        early=_means(iteration.early),
+        late=late,
+        whole=_means(iteration.steps),
         historical_margin=None if historical is None else run.config.objective.alpha * historical,
-        seconds_per_step=weighted_mean(iteration.steps, "seconds"),
         rollout=iteration.synthetic,
         precision=iteration.precision,
         evaluation=run.evaluations.get(iteration.index + 1),
-        **late,
-        **whole,
     )
+
+
+def _means(steps: Sequence[StepMetrics]) -> dict[str, float | None]:
+    return {name: weighted_mean(steps, name) for name in StepMetrics.model_fields}
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -177,8 +135,9 @@ def accuracy(result: DecodingResult | None) -> str:
 
 
 def _active(row: IterationRow) -> str:
-    low = row.active_share is not None and row.active_share < MIN_ACTIVE_SHARE
-    return percent(row.active_share) + (" !" if low else "")
+    share = row.late.get("active_share")
+    low = share is not None and share < MIN_ACTIVE_SHARE
+    return percent(share) + (" !" if low else "")
 
 
 def _skipped(row: IterationRow) -> str:
@@ -205,8 +164,18 @@ def _length(result: DecodingResult | None) -> str:
     return ABSENT if result is None else number(result.mean_tokens)
 
 
-def _field(field: str, digits: int = 1) -> Callable[[IterationRow], str]:
-    return lambda row: number(getattr(row, field), digits)
+def _late(metric: str, form: Callable[[float | None], str] = number) -> Callable[[IterationRow], str]:
+    assert metric in StepMetrics.model_fields, metric
+    return lambda row: form(row.late.get(metric))
+
+
+def _whole(metric: str, form: Callable[[float | None], str] = number) -> Callable[[IterationRow], str]:
+    assert metric in StepMetrics.model_fields, metric
+    return lambda row: form(row.whole.get(metric))
+
+
+def _digits(digits: int) -> Callable[[float | None], str]:
+    return lambda value: number(value, digits)
 
 
 def _precision(digits: int, value: Callable[[PrecisionNoise], float | None]) -> Callable[[IterationRow], str]:
@@ -236,28 +205,28 @@ MEASURES: tuple[Measure, ...] = (
     Measure(_HELD_OUT, "answers that end, sampled", _decoding("sampled", _ended)),
     Measure(_HELD_OUT, "answers that end, greedy", _decoding("greedy", _ended)),
     Measure(_HELD_OUT, "tokens, sampled", _decoding("sampled", _length)),
-    Measure(_TRAINING, "log-prob of y (annotated)", _field("log_prob_annotated")),
-    Measure(_TRAINING, "log-prob of y' (synthetic)", _field("log_prob_synthetic")),
-    Measure(_TRAINING, "log-prob of y0 (proto)", _field("log_prob_proto")),
-    Measure(_TRAINING, "reward of y", _field("reward_annotated", 2)),
-    Measure(_TRAINING, "reward of y'", _field("reward_synthetic", 2)),
-    Measure(_TRAINING, "current advantage", _field("current_advantage")),
-    Measure(_TRAINING, "historical advantage", _field("historical_advantage")),
-    Measure(_TRAINING, "current margin (scaled)", _field("current_margin", 2)),
-    Measure(_TRAINING, "historical margin (scaled)", _field("historical_margin", 2)),
+    Measure(_TRAINING, "log-prob of y (annotated)", _late("log_prob_annotated")),
+    Measure(_TRAINING, "log-prob of y' (synthetic)", _late("log_prob_synthetic")),
+    Measure(_TRAINING, "log-prob of y0 (proto)", _late("log_prob_proto")),
+    Measure(_TRAINING, "reward of y", _late("reward_annotated", _digits(2))),
+    Measure(_TRAINING, "reward of y'", _late("reward_synthetic", _digits(2))),
+    Measure(_TRAINING, "current advantage", _late("current_advantage")),
+    Measure(_TRAINING, "historical advantage", _late("historical_advantage")),
+    Measure(_TRAINING, "current margin (scaled)", _late("current_margin", _digits(2))),
+    Measure(_TRAINING, "historical margin (scaled)", lambda row: number(row.historical_margin, 2)),
     Measure(_TRAINING, "active pairs", _active),
-    Measure(_TRAINING, "entropy at y (nats per token)", _field("entropy_annotated", 2)),
-    Measure(_TRAINING, "entropy at y'", _field("entropy_synthetic", 2)),
-    Measure(_TRAINING, "tokens of y that are the most probable", lambda row: percent(row.top_annotated)),
-    Measure(_TRAINING, "tokens of y' that are the most probable", lambda row: percent(row.top_synthetic)),
-    Measure(_TRAINING, "loss", _field("loss_late", 3)),
-    Measure(_TRAINING, "loss, first half of the steps", _field("loss_early", 3)),
+    Measure(_TRAINING, "entropy at y (nats per token)", _late("entropy_annotated", _digits(2))),
+    Measure(_TRAINING, "entropy at y'", _late("entropy_synthetic", _digits(2))),
+    Measure(_TRAINING, "tokens of y that are the most probable", _late("top_annotated", percent)),
+    Measure(_TRAINING, "tokens of y' that are the most probable", _late("top_synthetic", percent)),
+    Measure(_TRAINING, "loss", _late("loss", _digits(3))),
+    Measure(_TRAINING, "loss, first half of the steps", lambda row: number(row.early.get("loss"), 3)),
     Measure(_ANSWERS, "answers that end (start: y0)", _rollout("ended_share")),
     Measure(_ANSWERS, "answers that are empty", _rollout("empty_share")),
-    Measure(_ANSWERS, "y' = y", lambda row: percent(row.identical_share)),
-    Measure(_ANSWERS, "tokens of y (annotated)", _field("tokens_annotated")),
-    Measure(_ANSWERS, "tokens of y' (synthetic)", _field("tokens_synthetic")),
-    Measure(_ANSWERS, "tokens of y0 (proto)", _field("tokens_proto")),
+    Measure(_ANSWERS, "y' = y", _whole("identical_share", percent)),
+    Measure(_ANSWERS, "tokens of y (annotated)", _whole("tokens_annotated")),
+    Measure(_ANSWERS, "tokens of y' (synthetic)", _whole("tokens_synthetic")),
+    Measure(_ANSWERS, "tokens of y0 (proto)", _whole("tokens_proto")),
     Measure(_PRECISION, "error of a log-prob (mean size, nats)", _precision(3, lambda n: n.log_prob.mean_absolute)),
     Measure(_PRECISION, "its bias", _precision(3, lambda n: n.log_prob.mean)),
     Measure(_PRECISION, "its largest size", _precision(3, lambda n: n.log_prob.largest_absolute)),
@@ -274,8 +243,8 @@ MEASURES: tuple[Measure, ...] = (
     Measure(_PRECISION, "drift / median current margin", _precision_share(lambda n: n.drift_share)),
     Measure(_COST, "steps", lambda row: str(row.steps) if row.steps else ABSENT),
     Measure(_COST, "updates skipped", _skipped),
-    Measure(_COST, "seconds per step", _field("seconds_per_step", 2)),
-    Measure(_COST, "tokens per second", _field("tokens_per_second", 0)),
-    Measure(_COST, "rows filled", lambda row: percent(row.packing_efficiency)),
-    Measure(_COST, "prompt tokens saved by sharing", lambda row: percent(row.prompt_share_saved)),
+    Measure(_COST, "seconds per step", _whole("seconds", _digits(2))),
+    Measure(_COST, "tokens per second", _whole("tokens_per_second", _digits(0))),
+    Measure(_COST, "rows filled", _whole("packing_efficiency", percent)),
+    Measure(_COST, "prompt tokens saved by sharing", _whole("prompt_share_saved", percent)),
 )

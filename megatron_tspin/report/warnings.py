@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_tspin.report.run_data import Iteration, RunData, weighted_mean
 from megatron_tspin.report.significance import compare_decoding
+from megatron_tspin.run_folder import RunFolder
 
 MIN_ACTIVE_SHARE = 0.20
 MAX_ENDED_DROP = 0.10
@@ -115,7 +116,8 @@ def better_before(run: RunData) -> Warning_ | None:
     difference = compare_decoding(last.sampled, scored[best])
     if difference is None or not difference.is_clear or difference.value < 0:
         return None
-    where = "initial/checkpoint" if best == 0 else f"iteration_{best - 1:03d}/checkpoint"
+    folder = RunFolder(run.path)
+    where = (folder.initial_checkpoint if best == 0 else folder.checkpoints(best - 1)).relative_to(run.path)
     return Warning_(
         "better_before",
         "The last policy is not the best one",

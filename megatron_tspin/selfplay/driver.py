@@ -89,7 +89,7 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: int) ->
 
 def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> None:
     run_dir = Path(config.run_dir)
-    log_file = run_dir / "logs" / f"{stage.name}.log"
+    log_file = RunFolder(run_dir).log(stage.name)
     log_file.parent.mkdir(exist_ok=True)
     clear_failure(log_file)
     inputs = markers.digests(stage.inputs, run_dir)

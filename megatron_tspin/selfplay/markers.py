@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_tspin import __version__
+from megatron_tspin.checkpoint import manifest
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import RunFolder, shard_summary, step_folders
 from megatron_tspin.selfplay.plan import Stage
 from megatron_tspin.storage import read_json, sha256_file, write_json
 
@@ -33,7 +34,7 @@ Digests = dict[str, str | None]
 
 def marker_file(run_dir: Path, stage: Stage) -> Path:
     """Where the marker of a stage is."""
-    return run_dir / "stages" / f"{stage.name}.json"
+    return RunFolder(run_dir).marker(stage.name)
 
 
 def identity_files(path: Path) -> list[Path]:
@@ -43,12 +44,12 @@ def identity_files(path: Path) -> list[Path]:
     the manifest of the last one; any other folder (an HF checkpoint, a tokenizer) is its JSON, safetensors,
     SentencePiece and template files. What is missing stands for itself.
     """
-    for name in ("manifest.json", "summary.json"):
-        if (path / name).is_file():
-            return [path / name]
+    for file in (path / manifest.NAME, shard_summary(path)):
+        if file.is_file():
+            return [file]
     if not path.is_dir():
         return [path]
-    steps = sorted(path.glob("step_*/manifest.json"))
+    steps = [file for folder in step_folders(path) if (file := folder / manifest.NAME).is_file()]
     if steps:
         return [steps[-1]]
     return sorted(file for file in path.iterdir() if file.suffix in _POLICY_SUFFIXES and file.is_file()) or [path]

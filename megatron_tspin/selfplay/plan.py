@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.data.indexed import file_of
+from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path
 
 _PROTO_METHODS = ("tspin", "tspin_ref")
 _REFERENCE_METHODS = ("spin", "tspin_ref")
@@ -63,16 +64,21 @@ def _arguments(config: Config, command: str, *more: str) -> tuple[str, ...]:
 
 def _documents(folder: RunFolder, *names: str) -> tuple[Path, ...]:
     """Sidecars of role documents; a sidecar holds the digests of its .bin and .idx."""
-    return tuple(folder.data / f"{name}_document.json" for name in names)
+    return tuple(file_of(folder.data / name, "json") for name in names)
+
+
+def _synthetic(folder: RunFolder, iteration: int) -> Path:
+    """Sidecar of an iteration's own documents."""
+    return file_of(document_stem(folder.iteration(iteration), TRAIN, "synthetic"), "json")
 
 
 def _tokenize(config: Config) -> Stage:
     folder = _folder(config)
     inputs = [Path(config.data.annotated), Path(config.model.tokenizer or config.model.hf_checkpoint)]
-    outputs = [folder.data / "train.jsonl", *_documents(folder, "train_prompt", "train_annotated")]
+    outputs = [examples_path(folder.data, TRAIN), *_documents(folder, "train_prompt", "train_annotated")]
     if config.data.held_out is not None:
         inputs.append(Path(config.data.held_out))
-        outputs += [folder.data / "held_out.jsonl", *_documents(folder, "held_out_prompt", "held_out_annotated")]
+        outputs += [examples_path(folder.data, HELD_OUT), *_documents(folder, "held_out_prompt", "held_out_annotated")]
     return Stage("tokenize", _arguments(config, "tokenize"), 1, tuple(inputs), tuple(outputs))
 
 
@@ -91,13 +97,13 @@ def _rollout(config: Config, iteration: int) -> Stage:
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt")]
     outputs: list[Path] = []
     if config.data.held_out is not None:
-        inputs += [folder.data / "held_out.jsonl", *_documents(folder, "held_out_prompt", "held_out_annotated")]
+        inputs += [examples_path(folder.data, HELD_OUT), *_documents(folder, "held_out_prompt", "held_out_annotated")]
         inputs += scorer_file(config)
         outputs.append(folder.evaluation(iteration))
     if method in _PROTO_METHODS and iteration == 0:
         outputs += [folder.proto, *_documents(folder, "train_proto")]
     if method != "sft" and iteration < config.self_play.iterations:
-        outputs += [folder.synthetic(iteration), folder.iteration(iteration) / "train_synthetic_document.json"]
+        outputs += [folder.synthetic(iteration), _synthetic(folder, iteration)]
     return Stage(
         name=f"rollout_{iteration:03d}",
         arguments=_arguments(config, "rollout", "--iteration", str(iteration)),
@@ -112,7 +118,7 @@ def _train(config: Config, iteration: int) -> Stage:
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt", "train_annotated")]
     outputs = [folder.metrics(iteration), folder.checkpoints(iteration)]
     if method != "sft":
-        inputs.append(folder.iteration(iteration) / "train_synthetic_document.json")
+        inputs.append(_synthetic(folder, iteration))
     if method in _PROTO_METHODS:
         inputs += _documents(folder, "train_proto")
     if method in _REFERENCE_METHODS:

@@ -73,4 +73,4 @@ def write_config(config: Config) -> None:
 
 
 def _has_done_a_stage(run_dir: Path) -> bool:
-    return any((run_dir / "stages").glob("*.json"))
+    return any(RunFolder(run_dir).markers.glob("*.json"))

@@ -18,15 +18,14 @@ from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.batches import BatchPlanner, Triplet
-from megatron_tspin.objective.forward import SUMMED, make_forward_step
+from megatron_tspin.objective.forward import make_forward_step
 from megatron_tspin.objective.packing import row_packing, work_model
 from megatron_tspin.objective.roles import computed_roles
 from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas
 from megatron_tspin.platform import device
 from megatron_tspin.precision import uses_delayed_scaling
-from megatron_tspin.records import StepMetrics
+from megatron_tspin.step_metrics import SUMMED, TEACHING, StepMetrics
 from megatron_tspin.training.learning_rate import learning_rate
-from megatron_tspin.training.metrics import step_metrics
 from megatron_tspin.training.optimizer import build_optimizer, gradient_norm, update
 
 _log = get_logger(__name__)
@@ -72,21 +71,20 @@ class Trainer:
             DivergenceError: The loss or the gradient is not finite; no update was made.
         """
         started = time.perf_counter()
-        sums = self.forward_backward(triplets)
-        totals = dict(zip(SUMMED, sums.tolist(), strict=True))
+        totals = dict(zip(SUMMED, self.forward_backward(triplets).tolist(), strict=True))
         norm = gradient_norm(self.optimizer)
         self._refuse_divergence(totals["loss"], norm, triplets)
         rate = learning_rate(
             self.done, self.num_steps, self.config.optimizer.peak_lr(self.iteration), self.config.optimizer
         )
-        teaches = totals["teaching"] > 0
+        teaches = totals[TEACHING] > 0
         if teaches:
             update(self.optimizer, norm, rate, self.config.optimizer.clip_grad)
             for chunk in self.chunks:
                 weights_changed(chunk.module)
         self.done += 1
-        return step_metrics(
-            sums,
+        return StepMetrics.from_sums(
+            totals,
             self.roles,
             {
                 "iteration": self.iteration,

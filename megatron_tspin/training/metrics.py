@@ -1,52 +1,16 @@
-"""Metrics of an optimizer step: from sums over triplets to one JSON line, and TensorBoard beside it."""
+"""Writes the metrics of optimizer steps: one JSON line a step, and TensorBoard beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
-from megatron_tspin.objective.forward import SUMMED
-from megatron_tspin.objective.roles import ROLES
-from megatron_tspin.records import StepMetrics, read_records
+from megatron_tspin.records import read_records
+from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import write_text
 
 _log = get_logger(__name__)
-
-_PAIR_METRICS = ("current_advantage", "current_margin", "active_share", "mean_slope", "identical_share")
-
-
-def step_metrics(
-    sums: Tensor, roles: tuple[str, ...], measured: dict[str, Any], diagnostics: bool = False
-) -> StepMetrics:
-    """Divides the sums by the number of triplets; what the method does not compute becomes None.
-
-    Args:
-        sums: float64 [len(SUMMED)], over the global batch.
-        roles: The roles that were computed.
-        measured: The other fields of `StepMetrics`.
-        diagnostics: Whether the head measured entropy and top-1 agreement.
-    """
-    totals = dict(zip(SUMMED, sums.tolist(), strict=True))
-    count = totals["num_triplets"]
-    fields: dict[str, Any] = {"loss": totals["loss"] / count, "num_triplets": int(count)}
-    for role in ROLES:
-        for quantity in ("log_prob", "reward", "tokens"):
-            name = f"{quantity}_{role}"
-            fields[name] = totals[name] / count if role in roles else None
-    for name in _PAIR_METRICS:
-        fields[name] = totals[name] / count if "synthetic" in roles else None
-    fields["historical_advantage"] = totals["historical_advantage"] / count if "proto" in roles else None
-    for role in ROLES:
-        for quantity in ("entropy", "top"):
-            known = diagnostics and role in roles
-            fields[f"{quantity}_{role}"] = totals[f"{quantity}_{role}"] / totals[f"tokens_{role}"] if known else None
-    fields["tokens_per_second"] = totals["tokens"] / measured["seconds"]
-    fields["packing_efficiency"] = totals["used"] / totals["places"]
-    fields["prompt_share_saved"] = 1.0 - totals["prompt_places"] / totals["prompt_tokens"]
-    return StepMetrics(**fields, **measured)
 
 
 class MetricsWriter:

@@ -11,6 +11,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology
 from megatron_tspin.records import ReferenceLogProbs, read_records
+from megatron_tspin.run_folder import reference_facts
 from megatron_tspin.storage import read_json, write_json, write_text
 from megatron_tspin.training.triplet_source import TripletSource
 
@@ -30,7 +31,7 @@ def reference_log_probs(
     Raises:
         ArtifactError: The file was computed from another policy or other responses.
     """
-    facts_path = path.with_suffix(".json")
+    facts_path = reference_facts(path)
     missing = not path.is_file()
     dist.barrier()  # every rank has looked before any rank writes
     if missing:

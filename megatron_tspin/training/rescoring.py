@@ -25,7 +25,7 @@ from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology
 from megatron_tspin.precision import describe
 from megatron_tspin.records import Differences, MarginNoise, PrecisionNoise, Response, read_records
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import RunFolder, shard_path, shard_settings
 from megatron_tspin.storage import read_json, sha256_file, write_json
 from megatron_tspin.training.precision_noise import Values, differences, margin_noise, share
 from megatron_tspin.training.triplet_source import TripletSource
@@ -202,13 +202,13 @@ def _drift(rescoring: Rescoring, trained: ByRole) -> Differences:
     if "synthetic" not in trained:
         raise _NotComparable("the method has no sampled answers")
     folder = RunFolder(Path(rescoring.config.run_dir)).synthetic(rescoring.iteration)
-    settings = read_json(folder / "settings.json")
+    settings = read_json(shard_settings(folder))
     if settings.get("checkpoint_sha256") != sha256_file(rescoring.start / "manifest.json"):
         raise _NotComparable("the answers were sampled from another checkpoint than the one that training starts from")
     wanted = {triplet.id: triplet.responses["synthetic"] for triplet in rescoring.triplets}
     shards = {index // settings["shard_size"] for index in rescoring.indices}
     sampled: dict[str, float] = {}
-    for path in (folder / f"shard_{shard:05d}.jsonl" for shard in sorted(shards)):
+    for path in (shard_path(folder, shard) for shard in sorted(shards)):
         for answer in read_records(path, Response):
             if answer.id in wanted:
                 sampled[answer.id] = _log_prob(answer, wanted[answer.id])

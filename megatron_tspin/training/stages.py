@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tspin.checkpoint.policies import policy_checkpoint, step_folder
+from megatron_tspin.checkpoint.policies import policy_checkpoint
 from megatron_tspin.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
@@ -26,8 +26,9 @@ from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import distributed
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
-from megatron_tspin.records import PrecisionNoise, ScoredResponse, StepMetrics
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.records import PrecisionNoise, ScoredResponse
+from megatron_tspin.run_folder import RunFolder, step_folder, step_folders, step_of
+from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
@@ -89,7 +90,7 @@ def _log_rows(config: Config) -> None:
 
 def _resume(trainer: Trainer, checkpoint: Path) -> int:
     """Continues from a checkpoint inside the iteration; returns the steps it holds."""
-    step = int(checkpoint.name.removeprefix("step_"))
+    step = step_of(checkpoint)
     if step < trainer.num_steps:
         state = load_checkpoint(checkpoint, trainer.chunks, trainer.topology, trainer.optimizer)
         step = int(state["step"])
@@ -104,7 +105,7 @@ def _train(
     interval = training.save_interval or trainer.num_steps
     writer = None
     if topology.speaks:
-        events = folder.iteration(trainer.iteration) / "tensorboard" if training.tensorboard else None
+        events = folder.tensorboard(trainer.iteration) if training.tensorboard else None
         writer = MetricsWriter(folder.metrics(trainer.iteration), trainer.done, events)
         writer.write_start(noise_scalars(noise) if noise is not None else {})
 
@@ -137,7 +138,7 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
     )
     if finished and trainer.topology.speaks:
-        for older in sorted(checkpoints.glob("step_*")):
+        for older in step_folders(checkpoints):
             if older != step_folder(checkpoints, trainer.done):
                 shutil.rmtree(older)
 

@@ -13,9 +13,9 @@ from megatron_tspin.records import (
     ReferenceLogProbs,
     Response,
     ScoredResponse,
-    StepMetrics,
     read_records,
 )
+from megatron_tspin.step_metrics import StepMetrics
 from tests.end_to_end.runs import LAYOUTS, Runs
 from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
 from tests.rounding import all_within, same_updates

@@ -10,7 +10,8 @@ import pytest
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
-from megatron_tspin.generation.shards import Prompt, Request, read_shards, shard_path
+from megatron_tspin.generation.shards import Prompt, Request, read_shards
+from megatron_tspin.run_folder import shard_path
 from tests.rank_pool import in_layout
 
 COUNT = 7

@@ -52,7 +52,7 @@ def matrices(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def make_layer(
     kind: str, settings: TorchFp8, weight: torch.Tensor, tp: int = 1, sp: bool = False, **options: Any
 ) -> Any:
-    """A layer of as many inputs and outputs as TP ranks with this weight have."""
+    """A layer with the numbers of inputs and outputs that TP ranks with this weight have."""
     from megatron.core import ModelParallelConfig
 
     from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear

@@ -63,7 +63,7 @@ def test_rope_types(kind: str, ranks: Any, tiny_checkpoint: Any) -> None:
         ({"data_parallel_size": 2}, 1, 24),  # one row for two replicas
         ({"data_parallel_size": 2}, 9, 24),  # a row a response, several runs of the schedule
         ({"data_parallel_size": 2}, 9, 1000),
-        ({"pipeline_model_parallel_size": 2}, 1, 1000),  # fewer micro-batches than stages
+        ({"pipeline_model_parallel_size": 2}, 1, 1000),  # fewer micro-batches than pipeline stages
         ({"pipeline_model_parallel_size": 2}, 15, 1),  # every response is longer than a row should be
         ({"pipeline_model_parallel_size": 2}, 9, 40),
         ({"tensor_model_parallel_size": 2}, 5, 40),

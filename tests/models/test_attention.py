@@ -1,4 +1,4 @@
-"""Core attention against the softmax written out, with groups, windows and the key-value cache."""
+"""Core attention against the softmax written out, with key groups, windows and the key-value cache."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tspin.models.attention import CausalAttention, KeyValueCache, RMSNorm, window_mask
-from megatron_tspin.models.row_layout import Group, RowLayout
+from megatron_tspin.models.row_layout import Bundle, RowLayout
 
 HEADS, DIM = 4, 8
 
@@ -17,9 +17,9 @@ def attention(window: int | None = None, scale: float | None = None, packed: str
     return CausalAttention(config, 1, softmax_scale=scale)
 
 
-def tensors(length: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(length + groups)
-    query, key, value = (torch.randn(length, 2, n, DIM, generator=generator) for n in (HEADS, groups, groups))
+def tensors(length: int, key_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length + key_groups)
+    query, key, value = (torch.randn(length, 2, n, DIM, generator=generator) for n in (HEADS, key_groups, key_groups))
     return query, key, value
 
 
@@ -31,18 +31,18 @@ def written_out(
     for i in range(length):
         first = 0 if window is None else max(0, i - window + 1)
         for head in range(HEADS):
-            group = head // (HEADS // key.shape[2])
+            key_group = head // (HEADS // key.shape[2])
             for row in range(batch):
-                keys = key[first : i + 1, row, group]
+                keys = key[first : i + 1, row, key_group]
                 weights = torch.softmax(scale * keys @ query[i, row, head], dim=0)
-                out[i, row, head] = weights @ value[first : i + 1, row, group]
+                out[i, row, head] = weights @ value[first : i + 1, row, key_group]
     return out.reshape(length, batch, -1)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("key_groups", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 50])
-def test_rows_are_causal(window: int | None, groups: int) -> None:
-    query, key, value = tensors(7, groups)
+def test_rows_are_causal(window: int | None, key_groups: int) -> None:
+    query, key, value = tensors(7, key_groups)
     found = attention(window)(query, key, value)
     assert torch.allclose(found, written_out(query, key, value, window, DIM**-0.5), atol=1e-6)
 
@@ -52,13 +52,13 @@ def test_scale_is_the_configured_one() -> None:
     assert torch.allclose(attention(None, 0.9)(query, key, value), written_out(query, key, value, None, 0.9), atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("key_groups", [1, 4])
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("packed", ["segments", "dense"])
-def test_a_sequence_in_a_packed_row_is_causal(packed: str, window: int | None, groups: int) -> None:
+def test_a_sequence_in_a_packed_row_is_causal(packed: str, window: int | None, key_groups: int) -> None:
     """A prompt of 3 and a response of 4 behind another sequence: what they give alone in a row."""
-    query, key, value = (each[:, :1] for each in tensors(16, groups))
-    layout = RowLayout(groups=(Group(2, (4,)), Group(3, (4,))), length=16)
+    query, key, value = (each[:, :1] for each in tensors(16, key_groups))
+    layout = RowLayout(bundles=(Bundle(2, (4,)), Bundle(3, (4,))), length=16)
     found = attention(window, 0.9, packed)(query, key, value, packed_seq_params=layout)
     assert found.shape == (16, 1, HEADS * DIM)
     for start, end in ((0, 6), (6, 13)):

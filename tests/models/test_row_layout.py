@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tspin.models.packed_attention import visible
-from megatron_tspin.models.row_layout import AttentionBlock, ContextShare, Group, RowLayout
-from tests.row_groups import context_shares, layout_of, rows_of_groups, sees, tokens_of
+from megatron_tspin.models.row_layout import AttentionBlock, Bundle, ContextShare, RowLayout
+from tests.row_bundles import context_shares, layout_of, rows_of_bundles, sees, tokens_of
 
 CPU = torch.device("cpu")
 SHARES = context_shares()
@@ -25,35 +25,35 @@ def seen_by_blocks(layout: RowLayout) -> torch.Tensor:
     return count
 
 
-@given(groups=rows_of_groups, spare=st.integers(0, 2), window=st.none() | st.integers(1, 12))
-def test_a_token_sees_its_prompt_and_its_own_response(groups: Any, spare: int, window: int | None) -> None:
-    layout = layout_of(groups, ContextShare(), spare)
+@given(bundles=rows_of_bundles, spare=st.integers(0, 2), window=st.none() | st.integers(1, 12))
+def test_a_token_sees_its_prompt_and_its_own_response(bundles: Any, spare: int, window: int | None) -> None:
+    layout = layout_of(bundles, ContextShare(), spare)
     row = tokens_of(layout)
     expected = [[sees(row, query, key, window) for key in range(layout.length)] for query in range(layout.length)]
     assert visible(layout, window, CPU).tolist() == expected
 
 
-@given(groups=rows_of_groups, spare=st.integers(0, 2))
-def test_facts_of_tokens(groups: Any, spare: int) -> None:
-    layout = layout_of(groups, ContextShare(), spare)
+@given(bundles=rows_of_bundles, spare=st.integers(0, 2))
+def test_facts_of_tokens(bundles: Any, spare: int) -> None:
+    layout = layout_of(bundles, ContextShare(), spare)
     row = tokens_of(layout)
-    expected = [[token.group for token in row], [token.segment for token in row], [token.position for token in row]]
+    expected = [[token.bundle for token in row], [token.segment for token in row], [token.position for token in row]]
     assert layout.token_facts(CPU).tolist() == expected
-    assert layout.longest_group == max((token.position + 1 for token in row if token.group >= 0), default=0)
+    assert layout.longest_sequence == max((token.position + 1 for token in row if token.bundle >= 0), default=0)
 
 
-@given(groups=rows_of_groups, spare=st.integers(0, 2), share=st.sampled_from(SHARES))
-def test_blocks_are_what_is_visible(groups: Any, spare: int, share: ContextShare) -> None:
+@given(bundles=rows_of_bundles, spare=st.integers(0, 2), share=st.sampled_from(SHARES))
+def test_blocks_are_what_is_visible(bundles: Any, spare: int, share: ContextShare) -> None:
     """Each visible pair lies in exactly one block, and no other pair in any."""
-    layout = layout_of(groups, share, spare)
+    layout = layout_of(bundles, share, spare)
     real = layout.token_facts(CPU)[0] >= 0
     expected = visible(layout, None, CPU) & real[None, :]  # padding has no block: nobody reads its output
     assert seen_by_blocks(layout).equal(expected.long())
 
 
-@given(groups=rows_of_groups, spare=st.integers(0, 2), share=st.sampled_from(SHARES))
-def test_causal_blocks_come_first_and_once_for_each_query(groups: Any, spare: int, share: ContextShare) -> None:
-    layout = layout_of(groups, share, spare)
+@given(bundles=rows_of_bundles, spare=st.integers(0, 2), share=st.sampled_from(SHARES))
+def test_causal_blocks_come_first_and_once_for_each_query(bundles: Any, spare: int, share: ContextShare) -> None:
+    layout = layout_of(bundles, share, spare)
     kinds = [block.causal for block in layout.blocks]
     assert kinds == sorted(kinds, reverse=True)
     queries = [q for block in layout.blocks if block.causal for q in range(block.query_start, block.query_end)]
@@ -64,9 +64,9 @@ def test_causal_blocks_come_first_and_once_for_each_query(groups: Any, spare: in
         assert not block.causal or block.query_end - block.query_start == block.key_end - block.key_start
 
 
-@given(groups=rows_of_groups, spare=st.integers(0, 2), size=st.sampled_from([1, 2, 4]))
-def test_ranks_share_a_row_and_gathering_restores_it(groups: Any, spare: int, size: int) -> None:
-    layouts = [layout_of(groups, ContextShare(rank, size), spare) for rank in range(size)]
+@given(bundles=rows_of_bundles, spare=st.integers(0, 2), size=st.sampled_from([1, 2, 4]))
+def test_ranks_share_a_row_and_gathering_restores_it(bundles: Any, spare: int, size: int) -> None:
+    layouts = [layout_of(bundles, ContextShare(rank, size), spare) for rank in range(size)]
     held = [layout.held for layout in layouts]
     assert sorted(torch.cat(held).tolist()) == list(range(layouts[0].length))
     assert len({len(each) for each in held}) == 1
@@ -78,14 +78,16 @@ def test_ranks_share_a_row_and_gathering_restores_it(groups: Any, spare: int, si
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_of_a_long_sequence_attend_to_about_as_much(size: int) -> None:
     """Causal work grows with the position; a plain cut would give the last rank most of it."""
-    group = Group(64, (0,))
-    pairs = [seen_by_blocks(RowLayout(groups=(group,), length=64, context=ContextShare(r, size))) for r in range(size)]
+    bundle = Bundle(64, (0,))
+    pairs = [
+        seen_by_blocks(RowLayout(bundles=(bundle,), length=64, context=ContextShare(r, size))) for r in range(size)
+    ]
     assert len({int(each.sum()) for each in pairs}) == 1
 
 
 def test_a_row_by_hand() -> None:
-    """Tokens p p a b b, then q: two groups, the second of a prompt alone, and two of padding."""
-    layout = RowLayout(groups=(Group(2, (1, 2, 0)), Group(1, (0,))), length=8)
+    """Tokens p p a b b, then q: two bundles, the second of a prompt alone, and two of padding."""
+    layout = RowLayout(bundles=(Bundle(2, (1, 2, 0)), Bundle(1, (0,))), length=8)
     assert list(layout.segments()) == [
         (0, 0, 0, 2, 0), (0, 1, 2, 3, 0), (0, 2, 3, 5, 0), (0, 3, 5, 5, 0), (1, 0, 5, 6, 5), (1, 1, 6, 6, 5),
     ]  # fmt: skip
@@ -108,7 +110,7 @@ def test_a_row_by_hand() -> None:
 
 
 def test_what_layers_share_is_made_once() -> None:
-    layout, made = RowLayout(groups=(Group(1, (1,)),), length=8), []
+    layout, made = RowLayout(bundles=(Bundle(1, (1,)),), length=8), []
     for _ in range(2):
         layout.cached("mask", lambda: made.append(1))
         layout.cached("other", lambda: made.append(2))
@@ -116,5 +118,5 @@ def test_what_layers_share_is_made_once() -> None:
 
 
 def test_rows_do_not_share_masks() -> None:
-    first, second = (RowLayout(groups=(Group(size, (1,)),), length=8) for size in (2, 3))
+    first, second = (RowLayout(bundles=(Bundle(size, (1,)),), length=8) for size in (2, 3))
     assert first.cached("mask", lambda: 1) == 1 and second.cached("mask", lambda: 2) == 2

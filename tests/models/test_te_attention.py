@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_tspin.models.packed_attention import BACKENDS
-from megatron_tspin.models.row_layout import ContextShare, Group
+from megatron_tspin.models.row_layout import Bundle, ContextShare
 from megatron_tspin.models.te_attention import fits, sequence_starts
-from tests.row_groups import layout_of
+from tests.row_bundles import layout_of
 
-ORDINARY = [Group(5, (4,)), Group(1, (0,)), Group(3, (0, 9)), Group(7, ())]
+ORDINARY = [Bundle(5, (4,)), Bundle(1, (0,)), Bundle(3, (0, 9)), Bundle(7, ())]
 
 
 def test_sequences_and_padding() -> None:
@@ -17,18 +17,18 @@ def test_sequences_and_padding() -> None:
     assert starts.tolist() == [0, 9, 10, 22, 29, layout.length]
     assert starts.dtype == torch.int32
     assert longest == 12
-    full = layout_of([Group(16, (16,))], ContextShare(), spare=0)
+    full = layout_of([Bundle(16, (16,))], ContextShare(), spare=0)
     assert sequence_starts(full, torch.device("cpu")) == (pytest.approx([0, 32]), 32)
 
 
 def test_rows_that_it_takes() -> None:
     assert fits(layout_of(ORDINARY, ContextShare()))
-    assert not fits(layout_of([*ORDINARY, Group(2, (1, 1))], ContextShare()))
+    assert not fits(layout_of([*ORDINARY, Bundle(2, (1, 1))], ContextShare()))
     assert not fits(layout_of(ORDINARY, ContextShare(0, 2)))
 
 
 def test_other_rows_go_to_flex() -> None:
-    layout = layout_of([Group(5, (4, 3)), Group(2, (3,))], ContextShare())
+    layout = layout_of([Bundle(5, (4, 3)), Bundle(2, (3,))], ContextShare())
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(layout.length, n, 8, generator=generator) for n in (4, 2, 2))
     found, expected = (BACKENDS[name](query, key, value, layout, 0.3, None) for name in ("thd", "dense"))
@@ -40,10 +40,10 @@ def test_other_rows_go_to_flex() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_against_dense_on_a_gpu(window: int | None) -> None:
     pytest.importorskip("transformer_engine.pytorch")
-    layout = layout_of([Group(150, (90,)), Group(1, (300,)), Group(40, (0, 411))], ContextShare(), spare=40)
+    layout = layout_of([Bundle(150, (90,)), Bundle(1, (300,)), Bundle(40, (0, 411))], ContextShare(), spare=40)
     generator = torch.Generator().manual_seed(0)
     real = torch.zeros(layout.length, 1, 1, device="cuda")
-    real[: sum(group.tokens for group in layout.groups)] = 1.0
+    real[: sum(bundle.tokens for bundle in layout.bundles)] = 1.0
     made = [torch.randn(layout.length, heads, 64, generator=generator) for heads in (4, 2, 2, 4)]
     results = []
     for name in ("thd", "dense"):

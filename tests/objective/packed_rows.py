@@ -9,7 +9,7 @@ from megatron_tspin.models.row_layout import RowLayout
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.objective.rows import Rows
-from tests.row_groups import sees, tokens_of
+from tests.row_bundles import sees, tokens_of
 
 token = st.integers(1, 90)
 ids = st.lists(token, min_size=1, max_size=12)
@@ -37,7 +37,7 @@ def whole_row(parts: Sequence[Rows]) -> tuple[RowLayout, list[int], list[int]]:
     assert first is not None
     tokens, positions = [-1] * first.length, [-1] * first.length
     for part, layout in zip(parts, layouts, strict=True):
-        assert layout is not None and (layout.groups, layout.length) == (first.groups, first.length)
+        assert layout is not None and (layout.bundles, layout.length) == (first.bundles, first.length)
         assert part.tokens.shape == part.position_ids.shape == (1, first.length // len(parts))
         for at, token_id, position in zip(layout.held.tolist(), part.tokens[0], part.position_ids[0], strict=True):
             tokens[at], positions[at] = int(token_id), int(position)

@@ -8,10 +8,11 @@ import torch
 from megatron_tspin.config import ObjectiveSection
 from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.batches import BatchPlanner, MicroBatch, Triplet
-from megatron_tspin.objective.forward import SUMMED, loss_func
+from megatron_tspin.objective.forward import loss_func
 from megatron_tspin.objective.losses import ACTIVE_MARGIN
 from megatron_tspin.objective.packing import Packing, WorkModel
 from megatron_tspin.objective.roles import ROLES
+from megatron_tspin.step_metrics import SUMMED
 
 DIFFERENT = {"annotated": [3, 4], "synthetic": [5], "proto": [6, 7, 8]}
 IDENTICAL = {"annotated": [3, 4], "synthetic": [3, 4], "proto": [6, 7, 8]}
@@ -69,10 +70,19 @@ def test_sums() -> None:
             "places": 6 * 8,
             "used": 2 * 6 + 4 + 2 + 4 - 6,
             "prompt_tokens": 12,
-            "prompt_places": 12,
+            "saved_prompt_tokens": 0,
             **{f"{quantity}_{role}": 0 for quantity in ("entropy", "top") for role in ROLES},
         }
     )
+
+
+def test_every_sum_is_computed() -> None:
+    """A sum that nothing is added to would be a metric of 0."""
+    triplets = [Triplet("a", [1, 2], DIFFERENT), Triplet("b", [1, 2], IDENTICAL)]
+    [batch] = planner(PACKED, diagnostics=True).plan(triplets)
+    output = torch.linspace(-9.0, -4.0, 18).view(3, 6)
+    sums = loss_func(batch, ObjectiveSection(alpha=1.0), 0.1, output)[2].tolist()
+    assert [name for name, value in zip(SUMMED, sums, strict=True) if value == 0] == []
 
 
 def test_sums_of_a_method_with_a_reference() -> None:
@@ -159,7 +169,7 @@ def test_sums_of_a_packed_row() -> None:
     [batch] = planner(PACKED).plan(triplets)
     found = sums_of(ObjectiveSection(), 0.1, batch, [[-3.0, -5.0, -4.0], [-2.0, -16.0, -8.0]])
     assert (found["tokens"], found["places"], found["used"]) == (3 * 5 + 6 + 4, 16, (2 + 1 + 2) + (3 + 1))
-    assert (found["prompt_tokens"], found["prompt_places"]) == (3 * 5, 5)
+    assert (found["prompt_tokens"], found["saved_prompt_tokens"]) == (3 * 5, 2 * 5)
 
 
 @pytest.mark.parametrize("packing", [None, PACKED], ids=["padded", "packed"])

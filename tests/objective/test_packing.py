@@ -13,7 +13,7 @@ from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.packed_attention import visible
-from megatron_tspin.models.row_layout import Group, RowLayout
+from megatron_tspin.models.row_layout import Bundle, RowLayout
 from megatron_tspin.objective.packing import (
     Packing,
     PlannedRow,
@@ -149,11 +149,11 @@ def test_a_triplet_beyond_capacity_is_no_endless_search() -> None:
 @given(shape=shapes, share_prompts=st.booleans())
 def test_shapes_count_what_a_row_has(shape: Shape, share_prompts: bool) -> None:
     """Against the layout of the row itself, pair by pair."""
-    kept = [tuple(response - 1 for response in group.responses) for group in shape.groups(share_prompts)]
-    layout = RowLayout(groups=tuple(Group(shape.prompt, each) for each in kept), length=300)
-    in_groups = layout.token_facts(torch.device("cpu"))[0] >= 0
-    assert int(in_groups.sum()) == shape.row_tokens(share_prompts)
-    assert int(visible(layout, None, torch.device("cpu"))[in_groups].sum()) == shape.attention_pairs(share_prompts)
+    kept = [tuple(response - 1 for response in bundle.responses) for bundle in shape.bundles(share_prompts)]
+    layout = RowLayout(bundles=tuple(Bundle(shape.prompt, each) for each in kept), length=300)
+    in_bundles = layout.token_facts(torch.device("cpu"))[0] >= 0
+    assert int(in_bundles.sum()) == shape.row_tokens(share_prompts)
+    assert int(visible(layout, None, torch.device("cpu"))[in_bundles].sum()) == shape.attention_pairs(share_prompts)
 
 
 def test_work_of_a_tiny_architecture() -> None:

@@ -13,10 +13,10 @@ from megatron_tspin.objective.packing import Packing, WorkModel, plan_rows
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.objective.rows import Rows, pack_row, pad_rows, row_length
 from tests.objective.packed_rows import ids, pair, responses_in, triplet_lists, whole_row
-from tests.row_groups import context_shares, covering
+from tests.row_bundles import context_shares, covering
 
 WORK = WorkModel(per_token=100.0, per_pair=3.0, per_target=40.0)
-prompt_groups = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=0, max_size=4)
+bundles_of_ids = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=0, max_size=4)
 
 
 def read_back(rows: Rows) -> list[list[int]]:
@@ -73,25 +73,25 @@ def test_lengths_suit_sequence_parallelism_of_any_size(multiple: int, expected: 
     assert row_length([([1, 2], [3])], multiple) == expected
 
 
-@given(groups=prompt_groups, spare=st.integers(0, 2), size=st.sampled_from([1, 2, 4]))
-def test_packed_rows(groups: Any, spare: int, size: int) -> None:
+@given(bundles=bundles_of_ids, spare=st.integers(0, 2), size=st.sampled_from([1, 2, 4]))
+def test_packed_rows(bundles: Any, spare: int, size: int) -> None:
     """Whatever ranks share the row: each response token is predicted once, from its prompt and what precedes it."""
-    used = sum(len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in groups)
+    used = sum(len(prompt) + sum(len(response) - 1 for response in responses) for prompt, responses in bundles)
     length = covering(used, ContextShare(0, size), spare)
-    parts = [pack_row(groups, length, ContextShare(rank, size)) for rank in range(size)]
-    assert responses_in(parts) == [(prompt, response) for prompt, responses in groups for response in responses]
+    parts = [pack_row(bundles, length, ContextShare(rank, size)) for rank in range(size)]
+    assert responses_in(parts) == [(prompt, response) for prompt, responses in bundles for response in responses]
     _, tokens, positions = whole_row(parts)
     flat: list[tuple[int, int]] = []
-    for prompt, responses in groups:
+    for prompt, responses in bundles:
         flat += list(zip(prompt, range(len(prompt)), strict=True))
         for response in responses:
             flat += [(each, len(prompt) + place) for place, each in enumerate(response[:-1])]
     assert list(zip(tokens, positions, strict=True)) == flat + [(0, 0)] * (length - used)
     for part in parts:
         assert (part.places, part.used, part.row_length) == (length, used, length)
-        assert part.num_tokens == sum(len(prompt) + len(each) for prompt, responses in groups for each in responses)
-        assert part.prompt_tokens == sum(len(prompt) * len(responses) for prompt, responses in groups)
-        assert part.prompt_places == sum(len(prompt) for prompt, _ in groups)
+        assert part.num_tokens == sum(len(prompt) + len(each) for prompt, responses in bundles for each in responses)
+        assert part.prompt_tokens == sum(len(prompt) * len(responses) for prompt, responses in bundles)
+        assert part.prompt_places == sum(len(prompt) for prompt, _ in bundles)
 
 
 def test_a_packed_row_by_hand() -> None:

@@ -87,6 +87,6 @@ def test_scores_come_in_the_order_of_the_input(layout: dict[str, int], ranks: An
 def test_a_shared_prompt_takes_as_many_rows_as_it_needs() -> None:
     from megatron_tspin.objective.scoring import _shared
 
-    groups = _shared([([1] * 100, [2] * 2000)] * 5, 5000)
-    assert [group.indices for group in groups] == [[0, 1], [2, 3], [4]]
-    assert all(group.shape.row_tokens(share_prompts=True) <= 5000 for group in groups)
+    bundles = _shared([([1] * 100, [2] * 2000)] * 5, 5000)
+    assert [bundle.indices for bundle in bundles] == [[0, 1], [2, 3], [4]]
+    assert all(bundle.shape.row_tokens(share_prompts=True) <= 5000 for bundle in bundles)

@@ -20,8 +20,8 @@ from megatron_tspin.records import (
     PrecisionNoise,
     Response,
     RolloutSummary,
-    StepMetrics,
 )
+from megatron_tspin.step_metrics import StepMetrics
 
 
 @dataclass

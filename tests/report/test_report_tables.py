@@ -24,11 +24,11 @@ def test_rows_pair_an_iteration_with_the_policy_that_came_out(build_run: BuildRu
 def test_policy_numbers_come_from_the_second_half_of_the_steps(build_run: BuildRun) -> None:
     run = load_run(build_run(iterations=1, steps=10))
     row = iteration_rows(run)[1]
-    assert row.log_prob_annotated == weighted_mean(run.iterations[0].steps[5:], "log_prob_annotated")
-    assert row.loss_early == weighted_mean(run.iterations[0].steps[:5], "loss")
-    assert row.tokens_per_second == weighted_mean(run.iterations[0].steps, "tokens_per_second")
-    assert row.historical_advantage is not None
-    assert row.historical_margin == pytest.approx(0.1 * row.historical_advantage)
+    assert row.late["log_prob_annotated"] == weighted_mean(run.iterations[0].steps[5:], "log_prob_annotated")
+    assert row.early["loss"] == weighted_mean(run.iterations[0].steps[:5], "loss")
+    assert row.whole["tokens_per_second"] == weighted_mean(run.iterations[0].steps, "tokens_per_second")
+    assert row.late["historical_advantage"] is not None
+    assert row.historical_margin == pytest.approx(0.1 * row.late["historical_advantage"])
 
 
 def test_an_unfinished_iteration_has_no_evaluation(build_run: BuildRun) -> None:

@@ -117,10 +117,11 @@ def test_a_sentencepiece_file_that_is_none(world: Path, config_of: ConfigOf) -> 
 def test_truncated_and_missing_weights(world: Path, config_of: ConfigOf) -> None:
     weights = world / "base" / "model.safetensors"
     whole = weights.read_bytes()
-    for size in (0, 4, 20, len(whole) - 1):
-        weights.write_bytes(whole[:size])
+    of_other_shape = whole.replace(b"[6, 8]", b"[6, 9]")
+    for content in (whole[:0], whole[:4], whole[:20], whole[:-1], whole + b"x", of_other_shape):
+        weights.write_bytes(content)
         (line,) = refused(config_of())
-        assert "model.safetensors" in line and "download it again" in line
+        assert "model.safetensors" in line and f"{len(content)} bytes" in line and "download it again" in line
     weights.unlink()
     (world / "base" / "model-00001.safetensors").write_bytes(whole)
     index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}

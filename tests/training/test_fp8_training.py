@@ -89,11 +89,11 @@ def kinds_of_layers(config: Any) -> Any:
         return found
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_first_layers_stay_in_bf16(stages: int, ranks: Any, tiny_checkpoint: Any) -> None:
-    flags = {"precision.num_layers_at_start_in_bf16": 1, "parallel.pipeline_model_parallel_size": stages}
+@pytest.mark.parametrize("pipeline_stages", [1, 2])
+def test_first_layers_stay_in_bf16(pipeline_stages: int, ranks: Any, tiny_checkpoint: Any) -> None:
+    flags = {"precision.num_layers_at_start_in_bf16": 1, "parallel.pipeline_model_parallel_size": pipeline_stages}
     found: dict[int, bool] = {}
-    for each in ranks(stages).run(kinds_of_layers, in_fp8(tiny_checkpoint("tied"), "tensorwise", **flags)):
+    for each in ranks(pipeline_stages).run(kinds_of_layers, in_fp8(tiny_checkpoint("tied"), "tensorwise", **flags)):
         found |= each
     assert found == {layer: layer > 0 for layer in range(len(found))}
     assert len(found) > 1

@@ -1,77 +1,13 @@
-"""From sums to a line a step, and a writer that continues where a checkpoint stands."""
+"""A writer of steps that continues where a checkpoint stands."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_tspin.objective.forward import SUMMED
-from megatron_tspin.objective.roles import ROLES
-from megatron_tspin.records import StepMetrics
-from megatron_tspin.training.metrics import MetricsWriter, step_metrics
-
-MEASURED = {
-    "iteration": 1, "step": 3, "learning_rate": 1e-6, "grad_norm": 0.5, "update_skipped": False, "seconds": 2.0,
-}  # fmt: skip
-
-
-def sums() -> torch.Tensor:
-    """Four triplets; every other quantity sums to ten times its place."""
-    values = torch.arange(len(SUMMED), dtype=torch.float64) * 10
-    values[SUMMED.index("num_triplets")] = 4
-    return values
-
-
-def mean(name: str) -> float:
-    return SUMMED.index(name) * 10 / 4
-
-
-DIAGNOSED = [f"{quantity}_{role}" for quantity in ("entropy", "top") for role in ROLES]
-RATIOS = ["tokens", "places", "used", "prompt_tokens", "prompt_places"]
-
-
-def metrics(step: int) -> StepMetrics:
-    return step_metrics(sums(), ("annotated", "synthetic"), {**MEASURED, "step": step})
-
-
-def test_means_over_triplets() -> None:
-    found = step_metrics(sums(), ("annotated", "synthetic", "proto"), MEASURED)
-    names = [name for name in SUMMED if name not in ("num_triplets", "teaching", *RATIOS, *DIAGNOSED)]
-    assert {name: getattr(found, name) for name in names} == {name: mean(name) for name in names}
-    assert found.num_triplets == 4
-    assert found.tokens_per_second == SUMMED.index("tokens") * 10 / 2.0
-    assert found.packing_efficiency == SUMMED.index("used") / SUMMED.index("places")
-    assert found.prompt_share_saved == 1 - SUMMED.index("prompt_places") / SUMMED.index("prompt_tokens")
-    assert [getattr(found, name) for name in DIAGNOSED] == [None] * 6, "nothing was measured"
-    assert {key: getattr(found, key) for key in MEASURED} == MEASURED
-
-
-@pytest.mark.parametrize("roles", [ROLES, ROLES[:2], ROLES[:1]], ids=len)
-def test_diagnostics_are_means_over_response_tokens(roles: tuple[str, ...]) -> None:
-    found = step_metrics(sums(), roles, MEASURED, diagnostics=True)
-    for role in ROLES:
-        tokens = SUMMED.index(f"tokens_{role}")
-        for quantity in ("entropy", "top"):
-            name = f"{quantity}_{role}"
-            assert getattr(found, name) == (SUMMED.index(name) / tokens if role in roles else None)
-
-
-@pytest.mark.parametrize(
-    ("roles", "absent"),
-    [
-        (("annotated", "synthetic"), ["log_prob_proto", "reward_proto", "tokens_proto", "historical_advantage"]),
-        (
-            ("annotated",),
-            ["log_prob_synthetic", "tokens_proto", "current_advantage", "active_share", "identical_share"],
-        ),
-    ],
-)
-def test_what_was_not_computed_is_none(roles: tuple[str, ...], absent: list[str]) -> None:
-    found = step_metrics(sums(), roles, MEASURED)
-    assert [getattr(found, name) for name in absent] == [None] * len(absent)
-    assert found.log_prob_annotated == mean("log_prob_annotated")
+from megatron_tspin.training.metrics import MetricsWriter
+from tests.step_metrics import mean, metrics
 
 
 def steps_in(path: Path) -> list[int]:

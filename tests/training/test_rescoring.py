@@ -13,11 +13,10 @@ import pytest
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.data.indexed import write_documents
-from megatron_tspin.data.paths import TRAIN, document_stem
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.objective.roles import ROLES, computed_roles
 from megatron_tspin.records import PrecisionNoise, Response
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem
 from megatron_tspin.training.triplet_source import TripletSource
 from tests.rank_pool import in_layout
 from tests.training.trajectory import make_config

@@ -2,9 +2,8 @@
 
 from megatron_tspin.data.annotated import Example, write_examples
 from megatron_tspin.data.indexed import write_documents
-from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
 from megatron_tspin.objective.roles import ROLES
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
 
 FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
 LENGTHS = [

@@ -16,7 +16,7 @@ from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
 from megatron_tspin.benchmark.gpu_report.te import relative
 from megatron_tspin.benchmark.lengths import draw_lengths
 from megatron_tspin.models.packed_attention import BACKENDS
-from megatron_tspin.models.row_layout import Group, RowLayout
+from megatron_tspin.models.row_layout import Bundle, RowLayout
 from megatron_tspin.objective.packing import Shape
 from megatron_tspin.platform import device, has_cuda, prepare_platform
 
@@ -110,10 +110,10 @@ def _errors(name: str, heads: _Heads, dtype: torch.dtype, window: int | None, si
 
 
 def _layout(shapes: list[Shape], share_prompts: bool) -> RowLayout:
-    alone = [group for shape in shapes for group in shape.groups(share_prompts)]
-    groups = tuple(Group(shape.prompt, tuple(length - 1 for length in shape.responses)) for shape in alone)
-    tokens = sum(group.tokens for group in groups)
-    return RowLayout(groups=groups, length=-(-tokens // _MULTIPLE) * _MULTIPLE)
+    alone = [bundle for shape in shapes for bundle in shape.bundles(share_prompts)]
+    bundles = tuple(Bundle(shape.prompt, tuple(length - 1 for length in shape.responses)) for shape in alone)
+    tokens = sum(bundle.tokens for bundle in bundles)
+    return RowLayout(bundles=bundles, length=-(-tokens // _MULTIPLE) * _MULTIPLE)
 
 
 def _inputs(length: int, heads: _Heads) -> list[Tensor]:

@@ -1,11 +1,11 @@
-"""Rows of random groups, and what their layout has to be, worked out token by token."""
+"""Rows of random bundles, and what their layout has to be, worked out token by token."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_tspin.models.row_layout import ContextShare, Group, RowLayout
+from megatron_tspin.models.row_layout import Bundle, ContextShare, RowLayout
 
 
 def context_shares() -> list[ContextShare]:
@@ -19,25 +19,25 @@ def covering(tokens: int, context: ContextShare, spare: int = 0) -> int:
     return (max(-(-tokens // multiple), 1) + spare) * multiple
 
 
-def layout_of(groups: list[Group], context: ContextShare, spare: int = 0) -> RowLayout:
-    tokens = sum(group.tokens for group in groups)
-    return RowLayout(groups=tuple(groups), length=covering(tokens, context, spare), context=context)
+def layout_of(bundles: list[Bundle], context: ContextShare, spare: int = 0) -> RowLayout:
+    tokens = sum(bundle.tokens for bundle in bundles)
+    return RowLayout(bundles=tuple(bundles), length=covering(tokens, context, spare), context=context)
 
 
 # A response of one token takes no place in the row, so lengths of 0 count.
-groups = st.builds(
-    Group,
+bundles = st.builds(
+    Bundle,
     prompt=st.integers(1, 9),
     responses=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple),
 )
-rows_of_groups: Any = st.lists(groups, min_size=0, max_size=4)
+rows_of_bundles: Any = st.lists(bundles, min_size=0, max_size=4)
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a row; padding has group -1."""
+    """A token of a row; padding has bundle -1."""
 
-    group: int
+    bundle: int
     segment: int
     position: int
 
@@ -45,10 +45,10 @@ class Token:
 def tokens_of(layout: RowLayout) -> list[Token]:
     """Every token of the row, one after the other."""
     found = []
-    for number, group in enumerate(layout.groups):
-        found += [Token(number, 0, position) for position in range(group.prompt)]
-        for segment, size in enumerate(group.responses, start=1):
-            found += [Token(number, segment, group.prompt + position) for position in range(size)]
+    for number, bundle in enumerate(layout.bundles):
+        found += [Token(number, 0, position) for position in range(bundle.prompt)]
+        for segment, size in enumerate(bundle.responses, start=1):
+            found += [Token(number, segment, bundle.prompt + position) for position in range(size)]
     return found + [Token(-1, 0, 0)] * (layout.length - len(found))
 
 
@@ -57,6 +57,6 @@ def sees(row: list[Token], query: int, key: int, window: int | None = None) -> b
     q, k = row[query], row[key]
     if query == key:
         return True
-    if q.group < 0 or q.group != k.group or key > query or k.segment not in (0, q.segment):
+    if q.bundle < 0 or q.bundle != k.bundle or key > query or k.segment not in (0, q.segment):
         return False
     return window is None or q.position - k.position < window
