@@ -5,8 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import Case, Figures, Meaning, SkippedError
 
 PID_FILE = "TSPIN_TEST_PID_FILE"
 FIGURES = {"value": Meaning("s", "a figure"), "word": Meaning("", "a text")}

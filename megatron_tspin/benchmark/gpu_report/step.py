@@ -1,15 +1,15 @@
 """Speed of a training step at Mistral-7B's layer shapes, in each number format, beside plain transformers."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 
-from megatron_tspin.benchmark.gpu_report import rates
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark import rates
+from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16, TRAINED
 from megatron_tspin.benchmark.gpu_report.policies import (
     MISTRAL,
@@ -20,11 +20,11 @@ from megatron_tspin.benchmark.gpu_report.policies import (
     require,
     topology,
 )
-from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, Timing, measure
 from megatron_tspin.benchmark.lengths import draw_lengths, draw_tokens, response_tokens
 from megatron_tspin.benchmark.memory import PeakMemory
 from megatron_tspin.benchmark.own_side import as_triplets, make_config
 from megatron_tspin.benchmark.settings import PACKED, StepSettings
+from megatron_tspin.benchmark.stopwatch import Timing, measure
 from megatron_tspin.benchmark.work import useful_flops
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.objective.packing import Shape
@@ -51,7 +51,7 @@ FIGURES = {
     "share_of_bf16": Meaning("", "tflops over the rate of a bf16 product of 8192^3 (CPU: 512^3) in the same process"),
     "share_of_fp8": Meaning("", "the same with an FP8 product with fast accumulation; of FP8 formats alone"),
     "peak_gib": Meaning("GiB", "peak memory of a step, weights and gradients included, ours with fp32 masters too"),
-    **MEANINGS,
+    **TIMES,
     "shape": Meaning("", "whose layers, embedding and head they are"),
     "layers": Meaning("", "decoder layers, chosen by the memory of the device"),
     "parameters": Meaning("10^9", "parameters of the model"),
@@ -171,8 +171,7 @@ def _own(name: str, sizes: _Sizes, length: int) -> Figures:
     timing = measure(lambda: trainer.forward_backward(batch), sizes.seconds)
     found = _figures(timing, memory, length, sizes)
     if precision.fp8 is not None:
-        rate = rates.matrix_flops() / rates.fp8_product(fast_accumulation=True).median
-        found["share_of_fp8"] = 1e12 * found["tflops"] / rate
+        found["share_of_fp8"] = 1e12 * found["tflops"] / rates.fp8_rate()
     return {**found, "row_capacity": float(settings.row_capacity)}
 
 
@@ -185,7 +184,7 @@ def _figures(timing: Timing, memory: PeakMemory, length: int, sizes: _Sizes) -> 
         "triplets_per_second": len(batch) / timing.median,
         "tokens_per_second": response_tokens(batch) / timing.median,
         "tflops": useful / 1e12,
-        "share_of_bf16": useful / rates.bf16_flops_per_second(),
+        "share_of_bf16": useful / rates.bf16_rate(),
         "peak_gib": peak,
         **timing.milliseconds(),
         **_model_figures(shape),
@@ -229,11 +228,6 @@ def transformers_model(shape: Architecture) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(shape.folder, local_files_only=True)
     torch.manual_seed(0)
-    if not has_cuda():
+    with device() if has_cuda() else nullcontext():
         made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    else:
-        with device():
-            made = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation="sdpa"
-            )
     return made.to(device())
