@@ -3,10 +3,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -33,11 +29,9 @@ from megatron_tspin.cli.main import main
 from megatron_tspin.errors import EXIT_INPUT, InputError
 from tests.benchmark import fake_check
 from tests.benchmark.reduced_checks import Told
-from tests.benchmark.test_child import gone_soon
 
 TEXTS = ("versions", "model")  # cases whose figures are none of the table's columns
 FAKE = Check("fake", "a check", limit=40, case_limit=1.5, columns=("value",))
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(folder: Path, module: str = "tests.benchmark.fake_check", limit: float = 40.0, **more: Any) -> CheckResult:
@@ -82,31 +76,6 @@ def test_a_broken_device_ends_the_process_and_the_next_one_goes_on(monkeypatch: 
         runner.serve_cases(cast(Connection, told), fake_check.__name__, reduced=True, done=done)
     outcomes = [message for _, message in told.messages if isinstance(message, Outcome)]
     assert [outcome.name for outcome in outcomes] == ["first", "raises"]
-
-
-PARENT = """
-from pathlib import Path
-from tests.benchmark.test_gpu_report import run
-if __name__ == "__main__":
-    run(Path({folder!r}), limit=60.0)
-"""
-
-
-def test_processes_end_with_the_report(tmp_path: Path) -> None:
-    """The reporting process is killed while a case hangs."""
-    script, pid_file = tmp_path / "parent.py", tmp_path / "pid"
-    script.write_text(PARENT.format(folder=str(tmp_path)))
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), fake_check.PID_FILE: str(pid_file)}
-    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        pid = int(pid_file.read_text())
-    finally:
-        parent.kill()
-        parent.wait()
-    assert gone_soon(pid)
 
 
 def test_status_of_a_check() -> None:
