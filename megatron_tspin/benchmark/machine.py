@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, and the rate at which it multiplies matrices."""
+"""The machine that a benchmark ran on."""
 
 import os
 import platform
@@ -8,9 +8,6 @@ from typing import Any
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _MEMORY_INFO = Path("/proc/meminfo")
-_MATRIX = 2048
-_CUDA_MATRIX = 8192
-_REPEATS = 5
 
 
 def cores() -> int:
@@ -35,21 +32,3 @@ def _found(path: Path, pattern: str) -> str | None:
         return None
     found = re.search(pattern, path.read_text(), re.MULTILINE)
     return found[1].strip() if found else None
-
-
-def matmul_rate(bf16: bool) -> float:
-    """Best rate of a few square matrix products in FLOP per second, on the device and with the threads of this process.
-
-    On a CPU of 2048^3, on a GPU of 8192^3; in bfloat16 or fp32.
-    """
-    import torch
-
-    from megatron_tspin.benchmark.timing import timed
-    from megatron_tspin.platform import device, has_cuda
-
-    size = _CUDA_MATRIX if has_cuda() else _MATRIX
-    left, right = (
-        torch.rand(size, size, device=device(), dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2)
-    )
-    seconds = min(timed(lambda: torch.mm(left, right))[1].seconds for _ in range(_REPEATS))
-    return 2 * size**3 / seconds

@@ -1,24 +1,26 @@
 """What each number format does to the log-probs of a checkpoint's own answers, side by side in one process."""
 
 import dataclasses
-import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megatron_tspin.benchmark.alone import alone
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_FP32
 from megatron_tspin.benchmark.machine import describe_machine
-from megatron_tspin.benchmark.own_side import ALONE
+from megatron_tspin.benchmark.stopwatch import timed
+from megatron_tspin.benchmark.tables import ABSENT, make_table, show
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.parity import Sentence
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
+from megatron_tspin.platform import has_cuda
 from megatron_tspin.records import Differences
 from megatron_tspin.storage import write_json
 from megatron_tspin.training.precision_noise import differences
@@ -26,8 +28,7 @@ from megatron_tspin.training.precision_noise import differences
 _log = get_logger(__name__)
 _EDGES = "FP8 torch tensorwise, 1 + 1 layers bf16"
 _REPEATS = 2
-_ABSENT = "-"
-_WIDTH = 120  # of the table, also where stdout is no terminal
+_COLUMNS = ("format", "mean", "mean size", "95 %", "largest", "a token", "seconds")
 
 NOISE_FORMATS: Mapping[str, PrecisionSection] = {
     # The formats of output gradients show in backward only.
@@ -88,22 +89,18 @@ def _score(
     hf_checkpoint: Path, sentences: Sequence[Sentence], threads: int, precision: PrecisionSection
 ) -> tuple[list[float], float]:
     """Log-probs of all responses, and the seconds that a pass takes."""
-    from megatron_tspin.benchmark.timing import timed
     from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.objective.scoring import score_pairs
-    from megatron_tspin.parallel import distributed
 
-    os.environ |= ALONE
     layout = ParallelSection(cpu_threads=threads)
     pairs = [(sentence.prompt_ids, sentence.response_ids) for sentence in sentences]
-    with distributed(layout, tokens_multiple=precision.tokens_multiple) as topology:
+    with alone(layout, precision.tokens_multiple) as topology:
         policy = build_policy(read_architecture(hf_checkpoint), layout, TrainingSection(), precision, topology)
         load_hf(policy, topology)
         run = partial(score_pairs, policy, topology, pairs)
-        values = run()
-        return values, statistics.median(timed(run)[1].seconds for _ in range(_REPEATS))
+        return run(), statistics.median(timed(run)[1] for _ in range(_REPEATS))
 
 
 def report_formats(
@@ -111,58 +108,35 @@ def report_formats(
 ) -> Path:
     """Writes `noise_<checkpoint>.json` and prints the table; returns the file."""
     target = folder / f"noise_{hf_checkpoint.name}.json"
-    tree = [
-        {**dataclasses.asdict(each), "noise": each.noise.model_dump() if each.noise is not None else None}
-        for each in results
-    ]
-    facts = {
+    tokens = sum(len(sentence.response_ids) for sentence in sentences)
+    tree = {
         "benchmark": "log_prob_noise",
         "model": hf_checkpoint.name,
         "responses": len(sentences),
-        "response_tokens": sum(len(sentence.response_ids) for sentence in sentences),
+        "response_tokens": tokens,
         "threads": threads,
-        "machine": describe_machine() | {"device": _device()},
+        "machine": describe_machine() | {"device": torch.cuda.get_device_name() if has_cuda() else "cpu"},
         "unit": "nats; seconds of scoring all responses",
+        "formats": [
+            {**dataclasses.asdict(each), "noise": each.noise.model_dump() if each.noise is not None else None}
+            for each in results
+        ],
     }
-    write_json(target, {**facts, "formats": tree})
-    _print(results, facts)
+    write_json(target, tree)
+    show(
+        f"{hf_checkpoint.name}: {len(sentences)} responses of {tokens} tokens; log-probs of whole responses in each "
+        "format minus those in fp32, in nats",
+        make_table(_COLUMNS, ([each.name, *_row(each)] for each in results)),
+        *dict.fromkeys(f"not measured: {each.absent}" for each in results if each.absent),
+    )
     _log.info("results: %s", target)
     return target
 
 
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _print(results: Sequence[FormatNoise], facts: Mapping[str, object]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=sys.stdout, highlight=False)
-    console.width = max(console.width, _WIDTH)
-    console.print(
-        f"{facts['model']}: {facts['responses']} responses of {facts['response_tokens']} tokens; log-probs of whole "
-        "responses in each format minus those in fp32, in nats",
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("format", no_wrap=True)
-    for heading in ("mean", "mean size", "95 %", "largest", "a token", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in results:
-        table.add_row(each.name, *_row(each))
-    console.print(table)
-    for reason in dict.fromkeys(each.absent for each in results if each.absent):
-        console.print(f"not measured: {reason}", soft_wrap=True)
-
-
 def _row(each: FormatNoise) -> list[str]:
-    seconds = _ABSENT if each.seconds is None else f"{each.seconds:.1f}"
+    seconds = ABSENT if each.seconds is None else f"{each.seconds:.1f}"
     if each.noise is None:
-        return [*[_ABSENT] * 5, seconds]
+        return [*[ABSENT] * 5, seconds]
     noise = each.noise
     sizes = (noise.mean, noise.mean_absolute, noise.p95_absolute, noise.largest_absolute, noise.per_token_rms)
     return [*(f"{value:.2g}" for value in sizes), seconds]

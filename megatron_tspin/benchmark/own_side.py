@@ -1,6 +1,5 @@
 """Our own training step, in one of its layouts, as `tspin train` runs it on one rank."""
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron_tspin.benchmark.alone import alone
 from megatron_tspin.benchmark.lengths import TokenTriplet
 from megatron_tspin.benchmark.settings import ALPHA, BETA, PACKED, PADDED, StepSettings
-from megatron_tspin.benchmark.sides import LOSS
+from megatron_tspin.benchmark.side import LOSS
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.objective.batches import Triplet
@@ -18,12 +18,10 @@ from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.platform import device
 
 _ITERATION = 1  # iteration 0 has a beta of its own
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-"""Environment of a process that is a world of its own; the port is any free one, as nobody else has to find it."""
 
 
 class OwnSide:
-    """See the module; implements `sides.Side`. The process has joined megatron-core's groups until it ends."""
+    """See the module; implements `side.Side`. The process has joined megatron-core's groups until it ends."""
 
     def __init__(self, name: str, settings: StepSettings, batch: Sequence[TokenTriplet]) -> None:
         self._triplets = as_triplets(batch)
@@ -31,18 +29,18 @@ class OwnSide:
         self._trainer = _make_trainer(make_config(name, settings), self._open)
 
     def zero_gradients(self) -> None:
-        """See `sides.Side`. The trainer does it at the start of each step, inside the timed part."""
+        """See `side.Side`. The trainer does it at the start of each step, inside the timed part."""
         self._trainer.ddp.zero_grad_buffer()
 
     def forward_backward(self) -> dict[str, float]:
-        """See `sides.Side`."""
+        """See `side.Side`."""
         from megatron_tspin.step_metrics import SUMMED
 
         sums = dict(zip(SUMMED, self._trainer.forward_backward(self._triplets).tolist(), strict=True))
         return {name: sums[name] for name in (LOSS, *(f"log_prob_{role}" for role in ROLES))}
 
     def versions(self) -> dict[str, str]:
-        """See `sides.Side`."""
+        """See `side.Side`."""
         import megatron.core
 
         import megatron_tspin
@@ -89,11 +87,9 @@ def _make_trainer(config: Config, still_open: ExitStack) -> Any:
     from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.provider import make_model_provider
-    from megatron_tspin.parallel import distributed
     from megatron_tspin.training.loop import build_trainer
 
-    os.environ |= ALONE
-    topology = still_open.enter_context(distributed(config.parallel, tokens_multiple=config.precision.tokens_multiple))
+    topology = still_open.enter_context(alone(config.parallel, config.precision.tokens_multiple))
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     model = make_model_provider(architecture, config.parallel, config.training, config.precision)()
     load_hf(model, topology)

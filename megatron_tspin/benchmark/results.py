@@ -1,10 +1,16 @@
-"""What a step benchmark found, and the numbers drawn from it."""
+"""What a step benchmark found, the numbers drawn from it, and its JSON file."""
 
+import dataclasses
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_tspin.benchmark.settings import BASELINE, PACKED, StepSettings
+from megatron_tspin.errors import ArtifactError
+from megatron_tspin.storage import read_json
 
 
 @dataclass
@@ -106,3 +112,33 @@ class StepResult:
         packed = self.side(PACKED)
         speedup = None if packed is None else self.speedup(packed)
         return None if speedup is None else f"speedup over transformers: {speedup:.2f}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Every repetition, and the numbers of the table. The folder of the model is cut to its name."""
+        tree = dataclasses.asdict(self)
+        tree["settings"]["model"] = Path(self.settings.model).name
+        tree["includes_optimizer"] = False
+        for side, known in zip(tree["sides"], self.sides, strict=True):
+            if known.seconds:
+                side["triplets_per_second"] = dataclasses.asdict(self.triplets_per_second(known))
+                side["response_tokens_per_second"] = self.response_tokens_per_second(known)
+                side["speedup"] = self.speedup(known)
+                side["useful_share_of_peak"] = self.useful_share_of_peak(known)
+            side["predicted_speedup"] = self.predicted_speedup(known)
+        return {"benchmark": "triplet_step", **tree}
+
+
+def read_result(path: Path) -> StepResult:
+    """Reads the JSON file of a step benchmark, also of an earlier version.
+
+    Raises:
+        InputError: The file is missing.
+        ArtifactError: It is not such a file.
+    """
+    tree = read_json(path)
+    if not isinstance(tree, dict) or tree.get("benchmark") != "triplet_step":
+        raise ArtifactError(f"{path}: not a result of `tspin bench step`")
+    try:
+        return TypeAdapter(StepResult).validate_python(tree)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: not a result of `tspin bench step`: {error}") from error

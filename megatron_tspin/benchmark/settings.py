@@ -1,7 +1,8 @@
 """What a step benchmark measures: its sides, its data and its defaults."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from megatron_tspin.config import default_row_capacity
 from megatron_tspin.errors import InputError
@@ -10,7 +11,6 @@ from megatron_tspin.models.hf_config import Architecture
 TRANSFORMERS = "transformers"
 TRANSFORMERS_MB1 = "transformers_mb1"
 RECIPE = "recipe"
-TRL = "trl"
 PADDED = "padded"
 UNSHARED = "unshared"
 PACKED = "packed"
@@ -19,7 +19,6 @@ SIDES = {
     TRANSFORMERS: "plain transformers as in the Alignment Handbook: padded rows of all roles, full logits",
     TRANSFORMERS_MB1: "the same with one triplet a micro-batch, which pads least",
     RECIPE: "the same with gradient checkpointing and larger micro-batches, as the public recipes run it",
-    TRL: "TRL's TPOTrainer: three responses a prompt, no reference model",
     PADDED: "ours, one padded row a response",
     UNSHARED: "ours, packed rows, each response with a prompt of its own",
     PACKED: "ours, packed rows, one prompt for all responses of a triplet",
@@ -39,16 +38,21 @@ RECIPE_MICRO_BATCH = 8
 """Of alignment-handbook's recipes/zephyr-7b-beta/dpo/config_full.yaml and of uclaml/SPIN's configs/config.yaml, which
 both set `gradient_checkpointing: true` and `max_length: 1024`."""
 
-_LONGEST = 2048
-_TRIPLETS = 16
-_ROUNDS = 5
-_QUICK_LONGEST = 384
-_QUICK_TRIPLETS = 4
-_QUICK_ROUNDS = 3
-_MICRO_BATCH = 4
-_QUICK_MICRO_BATCH = 2
-_QUICK_MINUTES = 9.0
-_QUICK_SIDES = (TRANSFORMERS, PADDED, UNSHARED, PACKED)
+_FULL: dict[str, Any] = {
+    "sides": tuple(SIDES),
+    "max_length": 2048,
+    "triplets": 16,
+    "micro_batch_size": 4,
+    "rounds": 5,
+}
+_QUICK: dict[str, Any] = {
+    "sides": (TRANSFORMERS, PADDED, UNSHARED, PACKED),
+    "max_length": 384,
+    "triplets": 4,
+    "micro_batch_size": 2,
+    "rounds": 3,
+    "minutes": 9.0,
+}
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,18 @@ class StepSettings:
 
     Attributes:
         model: HF folder of the policy.
-        sides: Names out of `SIDES`, in its order.
+        sides: Names out of `SIDES`, in its order, and others' behind them.
         lengths: Name of the length distribution (`benchmark.lengths`).
         max_length: Most tokens of a prompt and a response together.
         triplets: Triplets of the global batch.
         micro_batch_size: Triplets in a padded micro-batch.
-        recipe_micro_batch_size: The same of the side with gradient checkpointing.
         row_capacity: Tokens of a packed row.
         rounds: Timed repetitions of each side; after each one the next side has its turn.
         threads: CPU threads of a side.
         bf16: Compute in bfloat16 instead of fp32.
         seed: Of lengths and token ids.
-        trl_path: Folder with TRL and what it needs, if the environment has none.
         minutes: No round starts that would end later than this after the start; None sets no limit.
+        recipe_micro_batch_size: `micro_batch_size` of the side with gradient checkpointing.
     """
 
     model: str
@@ -83,7 +86,6 @@ class StepSettings:
     threads: int
     bf16: bool = False
     seed: int = 0
-    trl_path: str | None = None
     minutes: float | None = None
     recipe_micro_batch_size: int = RECIPE_MICRO_BATCH
 
@@ -92,54 +94,25 @@ class StepSettings:
         return {TRANSFORMERS_MB1: 1, RECIPE: self.recipe_micro_batch_size}.get(side, self.micro_batch_size)
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the command line says; None is left to the defaults, which are smaller for a quick run."""
-
-    quick: bool = False
-    sides: tuple[str, ...] | None = None
-    max_length: int | None = None
-    triplets: int | None = None
-    micro_batch_size: int | None = None
-    recipe_micro_batch_size: int | None = None
-    row_capacity: int | None = None
-    rounds: int | None = None
-    minutes: float | None = None
-
-
-def settle(
-    wishes: Wishes,
-    architecture: Architecture,
-    lengths: str,
-    threads: int,
-    bf16: bool,
-    seed: int,
-    trl_path: Path | None,
-) -> StepSettings:
+def settle(given: Mapping[str, Any], quick: bool, architecture: Architecture) -> StepSettings:
     """Fills in the defaults. That of the row capacity is the config's own, which holds any triplet.
+
+    Args:
+        given: Fields of `StepSettings`; those that are None, and the absent ones, get their defaults.
+        quick: Smaller defaults.
+        architecture: Of the policy.
 
     Raises:
         InputError: The longest sequence does not fit into the policy's positions.
     """
-    quick, positions = wishes.quick, architecture.max_positions
-    longest = wishes.max_length or min(_QUICK_LONGEST if quick else _LONGEST, positions)
-    if longest > positions:
-        raise InputError(f"--max-length {longest} is more than the {positions} positions of {architecture.folder}")
-    chosen = wishes.sides or (_QUICK_SIDES if quick else tuple(SIDES))
-    micro_batch_size = wishes.micro_batch_size or (_QUICK_MICRO_BATCH if quick else _MICRO_BATCH)
-    return StepSettings(
-        model=str(architecture.folder),
-        sides=tuple(side for side in SIDES if side in chosen),
-        lengths=lengths,
-        max_length=longest,
-        triplets=wishes.triplets or (_QUICK_TRIPLETS if quick else _TRIPLETS),
-        micro_batch_size=micro_batch_size,
-        row_capacity=wishes.row_capacity or default_row_capacity(micro_batch_size, longest),
-        rounds=wishes.rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
-        threads=threads,
-        bf16=bf16,
-        seed=seed,
-        trl_path=None if trl_path is None else str(trl_path),
-        recipe_micro_batch_size=wishes.recipe_micro_batch_size or RECIPE_MICRO_BATCH,
-        minutes=wishes.minutes or (_QUICK_MINUTES if quick else None),
-    )
+    positions = architecture.max_positions
+    chosen = {**(_QUICK if quick else _FULL), **{name: value for name, value in given.items() if value is not None}}
+    if given.get("max_length") is None:
+        chosen["max_length"] = min(chosen["max_length"], positions)
+    if chosen["max_length"] > positions:
+        raise InputError(
+            f"--max-length {chosen['max_length']} is more than the {positions} positions of {architecture.folder}"
+        )
+    chosen.setdefault("row_capacity", default_row_capacity(chosen["micro_batch_size"], chosen["max_length"]))
+    chosen["sides"] = tuple(sorted(chosen["sides"], key=[*SIDES, *chosen["sides"]].index))
+    return StepSettings(model=str(architecture.folder), **chosen)

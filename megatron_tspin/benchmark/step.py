@@ -1,35 +1,38 @@
 """The step benchmark: all sides in one run, on the same weights and the same token ids, taking turns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from megatron_tspin.benchmark.agreement import check_agreement
+from megatron_tspin.benchmark.child import ChildError
 from megatron_tspin.benchmark.lengths import draw_lengths, draw_tokens
 from megatron_tspin.benchmark.machine import describe_machine
 from megatron_tspin.benchmark.results import SideResult, StepResult
 from megatron_tspin.benchmark.settings import PACKED, UNSHARED, StepSettings
+from megatron_tspin.benchmark.side import SideMaker
+from megatron_tspin.benchmark.side_process import SideProcess, make_side
 from megatron_tspin.benchmark.work import predicted_flops, useful_flops
-from megatron_tspin.benchmark.worker import ChildError, SideProcess
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.objective.packing import Shape
 
 _log = get_logger(__name__)
-
 _BUSY = 0.5
+
+Answer = TypeVar("Answer")
 
 
 class _Bench:
     """The sides that are still there, and the result that grows."""
 
-    def __init__(self, settings: StepSettings, open_processes: ExitStack) -> None:
+    def __init__(self, settings: StepSettings, makers: Mapping[str, SideMaker], open_processes: ExitStack) -> None:
         self._started = time.monotonic()
-        self._open = open_processes
+        self._makers, self._open = makers, open_processes
         self._processes: dict[str, SideProcess] = {}
         architecture = read_architecture(Path(settings.model))
         lengths = draw_lengths(settings.lengths, settings.triplets, settings.max_length, settings.seed)
@@ -41,15 +44,13 @@ class _Bench:
         """Starts the sides one after another; what cannot be loaded is left out."""
         for side in self.result.sides:
             _log.info("%s: loading", side.name)
-            process = self._open.enter_context(SideProcess(side.name, self.result.settings, self._batch))
-            try:
-                loaded = process.loaded()
-            except ChildError as error:
-                self._leave_out(side, error)
-                continue
+            make = self._makers.get(side.name, make_side)
+            process = self._open.enter_context(SideProcess(side.name, self.result.settings, self._batch, make))
             self._processes[side.name] = process
-            side.held_mib, side.versions = loaded.held_mib, loaded.versions
-            self.result.memory_method = loaded.memory_method
+            loaded = self._unless_it_fails(side, process.loaded)
+            if loaded is not None:
+                side.held_mib, side.versions = loaded.held_mib, loaded.versions
+                self.result.memory_method = loaded.memory_method
 
     def warm_up(self) -> None:
         """Runs each side once, untimed.
@@ -58,14 +59,11 @@ class _Bench:
             ParityError: They do not compute the same.
         """
         for side, process in self._present():
-            try:
-                repetition = process.run()
-            except ChildError as error:
-                self._leave_out(side, error)
-                continue
-            side.warm_up_seconds, side.sums = repetition.seconds, repetition.sums
-            side.peak_mib.append(repetition.peak_mib)
-            _log.info("%s: first step %.1f s", side.name, repetition.seconds)
+            repetition = self._unless_it_fails(side, process.run)
+            if repetition is not None:
+                side.warm_up_seconds, side.sums = repetition.seconds, repetition.sums
+                side.peak_mib.append(repetition.peak_mib)
+                _log.info("%s: first step %.1f s", side.name, repetition.seconds)
         check_agreement([side for side, _ in self._present()], self.result.settings.bf16)
 
     def run_rounds(self) -> None:
@@ -81,10 +79,8 @@ class _Bench:
             longest = max(longest, time.monotonic() - started)
 
     def _run_once(self, side: SideResult, process: SideProcess, number: int) -> None:
-        try:
-            repetition = process.run()
-        except ChildError as error:
-            self._leave_out(side, error)
+        repetition = self._unless_it_fails(side, process.run)
+        if repetition is None:
             return
         side.seconds.append(repetition.seconds)
         side.cpu_seconds.append(repetition.cpu_seconds)
@@ -95,23 +91,24 @@ class _Bench:
     def measure_rate(self) -> None:
         """The machine's matrix products, in the process of any side."""
         for side, process in self._present():
-            try:
-                self.result.matmul_flops_per_second.append(process.matmul_rate())
-            except ChildError as error:
-                self._leave_out(side, error)
-                continue
-            return
+            rate = self._unless_it_fails(side, process.matmul_rate)
+            if rate is not None:
+                self.result.matmul_flops_per_second.append(rate)
+                return
 
-    def _present(self) -> Iterator[tuple[SideResult, SideProcess]]:
-        for side in self.result.sides:
-            if side.name in self._processes:
-                yield side, self._processes[side.name]
+    def _present(self) -> list[tuple[SideResult, SideProcess]]:
+        return [(side, self._processes[side.name]) for side in self.result.sides if side.name in self._processes]
 
-    def _leave_out(self, side: SideResult, error: ChildError) -> None:
-        side.absent = str(error)
-        side.seconds.clear()
-        self._processes.pop(side.name, None)
-        _log.warning("%s is left out: %s", side.name, error)
+    def _unless_it_fails(self, side: SideResult, call: Callable[[], Answer]) -> Answer | None:
+        """The answer of a side's process; None, and the side is left out from now on, where it fails."""
+        try:
+            return call()
+        except ChildError as error:
+            side.absent = str(error)
+            side.seconds.clear()
+            del self._processes[side.name]
+            _log.warning("%s is left out: %s", side.name, error)
+            return None
 
     def _no_time_for(self, seconds: float) -> bool:
         minutes = self.result.settings.minutes
@@ -124,22 +121,22 @@ def _check_rows(shapes: list[Shape], settings: StepSettings) -> None:
         raise InputError(f"--row-capacity {settings.row_capacity} is less than a triplet's {longest} tokens; raise it")
 
 
-def _warn_of_load(machine: dict[str, Any]) -> None:
-    load = machine["load_average_before"]
-    if load > _BUSY:
-        _log.warning("other processes keep %.1f cores busy (load average): timings will be noisy", load)
-
-
-def run_step_benchmark(settings: StepSettings) -> StepResult:
+def run_step_benchmark(settings: StepSettings, makers: Mapping[str, SideMaker] | None = None) -> StepResult:
     """Runs the benchmark.
+
+    Args:
+        settings: What to run.
+        makers: Of sides that this package does not know, by name.
 
     Raises:
         InputError: A triplet does not fit into a packed row.
         ParityError: The sides do not compute the same; nothing was timed.
     """
     with ExitStack() as open_processes:
-        bench = _Bench(settings, open_processes)
-        _warn_of_load(bench.result.machine)
+        bench = _Bench(settings, makers or {}, open_processes)
+        load = bench.result.machine["load_average_before"]
+        if load > _BUSY:
+            _log.warning("other processes keep %.1f cores busy (load average): timings will be noisy", load)
         bench.load()
         bench.warm_up()
         bench.measure_rate()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tspin.benchmark.lengths import TokenTriplet
 from megatron_tspin.benchmark.settings import ALPHA, BETA, StepSettings
-from megatron_tspin.benchmark.sides import LOSS
+from megatron_tspin.benchmark.side import LOSS
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.platform import device
 
@@ -50,7 +50,7 @@ def zero_gradients(model: Any) -> None:
 
 
 class TransformersSide:
-    """See the module; implements `sides.Side`."""
+    """See the module; implements `side.Side`."""
 
     def __init__(
         self,
@@ -70,11 +70,11 @@ class TransformersSide:
         ]
 
     def zero_gradients(self) -> None:
-        """See `sides.Side`."""
+        """See `side.Side`."""
         zero_gradients(self._model)
 
     def forward_backward(self) -> dict[str, float]:
-        """See `sides.Side`."""
+        """See `side.Side`."""
         total = dict.fromkeys([LOSS, *(f"log_prob_{role}" for role in ROLES)], 0.0)
         for micro_batch in self._micro_batches:
             log_probs = self._log_probs(micro_batch)
@@ -95,7 +95,7 @@ class TransformersSide:
         return by_row.view(len(ROLES), -1)
 
     def versions(self) -> dict[str, str]:
-        """See `sides.Side`."""
+        """See `side.Side`."""
         return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 

@@ -52,7 +52,7 @@ def predicted_flops(side: str, shapes: Sequence[Shape], architecture: Architectu
     """Floating-point operations that a side spends on the batch, what it wastes included.
 
     Args:
-        side: One of `settings.SIDES`.
+        side: One of `settings.SIDES`; any other does as plain transformers does.
         shapes: Lengths of the global batch, in order.
         architecture: Of the policy.
         settings: Micro-batch size.

@@ -1,21 +1,24 @@
 """`tspin bench`: speed of a training step beside other tools, noise of number formats, checks of a GPU."""
 
 import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_tspin.benchmark.machine import cores
 from megatron_tspin.cli.arguments import command_parser
 from megatron_tspin.errors import EXIT_OK, StageError
 
 if TYPE_CHECKING:
-    from megatron_tspin.benchmark.results import StepResult
     from megatron_tspin.benchmark.settings import StepSettings
+    from megatron_tspin.benchmark.side import SideMaker
     from megatron_tspin.cli.arguments import Subparsers
 
 _GPU_MINUTES = 7.8
 
-_DESCRIPTION = """Measure how fast a training step is, beside plain transformers and TRL, in one run on this machine.
+_DESCRIPTION = """Measure how fast a training step is, beside plain transformers, in one run on this machine.
 
 reads   an HF checkpoint; the triplets are random tokens
 writes  JSON and a plot in benchmarks/results, or --output
@@ -47,9 +50,8 @@ writes  step_<model>_<lengths>_<max length>_mb<micro-batch>.json (every repetiti
 
 examples
   tspin bench step --quick --model smollm2
-  tspin bench step --model smollm2 --sides transformers transformers_mb1 trl packed --trl-path trl_site
-  tspin bench step --head-memory
-  tspin bench step --profile --quick --model smollm2"""
+  tspin bench step --model smollm2 --sides transformers transformers_mb1 packed
+  tspin bench step --head-memory"""
 
 _GPU_DESCRIPTION = """Run every check and benchmark of a GPU, in less than eight minutes on one H100 or H200.
 
@@ -73,8 +75,10 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = command_parser(subparsers, "bench", "speed of a training step, beside other tools", _DESCRIPTION)
     benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     step = command_parser(benches, "step", "one step, forward and backward", _STEP_DESCRIPTION)
-    _add_what(step)
-    _add_how(step)
+    add_step_arguments(step)
+    step.add_argument(
+        "--head-memory", action="store_true", help="measure the peak memory of the head alone instead of a step"
+    )
     step.set_defaults(run=run)
     _add_noise(benches)
     _add_gpu(benches)
@@ -111,54 +115,45 @@ def _add_gpu(benches: "Subparsers") -> None:
     gpu.set_defaults(run=run_gpu)
 
 
-def _add_what(parser: argparse.ArgumentParser) -> None:
+def add_step_arguments(parser: argparse.ArgumentParser, sides: Iterable[str] | None = None) -> None:
+    """Adds what says how a step is run; `step_settings` reads it.
+
+    Args:
+        parser: Gets the options.
+        sides: Those to choose from; None for all of this package.
+    """
     from megatron_tspin.benchmark.lengths import DISTRIBUTIONS
     from megatron_tspin.benchmark.settings import SIDES
+
+    def count(flag: str, what: str) -> None:
+        parser.add_argument(flag, type=_count, metavar="N", help=what)
 
     parser.add_argument(
         "--model", type=Path, metavar="HF_DIR", help="checkpoint of the policy [the quickstart's tiny one]"
     )
     parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, help="what to measure [all; --quick: our own and `transformers`]"
+        "--sides",
+        nargs="+",
+        choices=list(sides or SIDES),
+        help="what to measure [all; --quick: our own and `transformers`]",
     )
     parser.add_argument("--lengths", choices=DISTRIBUTIONS, default="ultrachat", help="length distribution [ultrachat]")
-    parser.add_argument(
-        "--max-length", type=_count, metavar="N", help="most tokens of prompt and response [2048; --quick: 384]"
-    )
-    parser.add_argument("--triplets", type=_count, metavar="N", help="triplets of the global batch [16; --quick: 4]")
-    parser.add_argument(
-        "--micro-batch-size", type=_count, metavar="N", help="padded triplets in one pass [4; --quick: 2]"
-    )
-    parser.add_argument(
+    count("--max-length", "most tokens of prompt and response [2048; --quick: 384]")
+    count("--triplets", "triplets of the global batch [16; --quick: 4]")
+    count("--micro-batch-size", "padded triplets in one pass [4; --quick: 2]")
+    count(
         "--recipe-micro-batch-size",
-        type=_count,
-        metavar="N",
-        help="the same of the side `recipe`, which checkpoints gradients [8, as the public recipes]",
+        "the same of the side `recipe`, which checkpoints gradients [8, as the public recipes]",
     )
-    parser.add_argument(
-        "--row-capacity",
-        type=_count,
-        metavar="N",
-        help="tokens of a packed row [as --tspin-row-capacity has it]",
-    )
+    count("--row-capacity", "tokens of a packed row [as --tspin-row-capacity has it]")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 instead of fp32")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and token ids [0]")
-    parser.add_argument(
-        "--head-memory", action="store_true", help="measure the peak memory of the head alone instead of a step"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="tell where the time of our packed step goes instead of comparing"
-    )
-
-
-def _add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small enough for ten minutes on two cores")
-    parser.add_argument("--rounds", type=_count, metavar="N", help="timed repetitions of each side [5; --quick: 3]")
-    _add_threads(parser)
+    count("--rounds", "timed repetitions of each side [5; --quick: 3]")
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="start no round that would end later [no limit; --quick: 9]"
     )
-    parser.add_argument("--trl-path", type=Path, metavar="DIR", help="folder with TRL, if the environment has none")
+    _add_threads(parser)
     _add_output(parser)
 
 
@@ -177,23 +172,52 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command.
+    """Runs `tspin bench step`; see `run_step` for what is raised."""
+    if not args.head_memory:
+        return run_step(args)
+    from megatron_tspin.benchmark.head_memory import HeadSettings, report_heads, run_head_benchmark
+
+    settings = HeadSettings(threads=args.threads, bf16=args.bf16)
+    report_heads(settings, run_head_benchmark(settings), args.output)
+    return EXIT_OK
+
+
+def run_step(args: argparse.Namespace, makers: "Mapping[str, SideMaker] | None" = None) -> int:
+    """Compares the sides.
+
+    Args:
+        args: See `add_step_arguments`.
+        makers: Of sides that the package does not know, by name. Those may fail.
 
     Raises:
         StageError: One of our own sides or plain transformers could not be measured.
     """
-    if args.head_memory:
-        return _run_heads(args)
-    if args.profile:
-        return _run_profile(args)
     from megatron_tspin.benchmark.output import print_result, write_result
+    from megatron_tspin.benchmark.settings import SIDES
     from megatron_tspin.benchmark.step import run_step_benchmark
 
-    result = run_step_benchmark(_settings(args))
+    result = run_step_benchmark(step_settings(args), makers)
     write_result(result, args.output)
     print_result(result)
-    _refuse_gaps(result)
+    failed = [f"{side.name}: {side.absent}" for side in result.sides if side.absent is not None and side.name in SIDES]
+    if failed:
+        raise StageError("these sides could not be measured\n" + "\n".join(failed))
     return EXIT_OK
+
+
+def step_settings(args: argparse.Namespace) -> "StepSettings":
+    """What the options of `add_step_arguments` ask for.
+
+    Raises:
+        InputError: The policy cannot do it.
+    """
+    from megatron_tspin.benchmark.settings import StepSettings, settle
+    from megatron_tspin.cli.quickstart import example_folder
+    from megatron_tspin.models.hf_config import read_architecture
+
+    fields = {field.name for field in dataclasses.fields(StepSettings)} - {"model"}
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in fields}
+    return settle(given, args.quick, read_architecture(args.model or example_folder() / "checkpoint"))
 
 
 def run_noise(args: argparse.Namespace) -> int:
@@ -215,60 +239,15 @@ def run_gpu(args: argparse.Namespace) -> int:
         InputError: No such check.
         StageError: A check failed; the others ran.
     """
-    from megatron_tspin.benchmark.gpu_report.report import ReportSettings, has_failed, print_table, run_report
+    from megatron_tspin.benchmark.gpu_report.report import TABLE_NAME, ReportSettings, failures, run_report
     from megatron_tspin.platform import has_cuda
 
     reduced = args.reduced or not has_cuda()
     settings = ReportSettings(args.out, reduced, tuple(args.only), args.minutes)
-    failed = has_failed(run_report(settings))
-    print_table(settings)
+    failed = failures(run_report(settings))
+    sys.stdout.write((args.out / TABLE_NAME).read_text(encoding="utf-8"))
     if failed:
         raise StageError("these checks failed\n" + "\n".join(failed))
-    return EXIT_OK
-
-
-def _settings(args: argparse.Namespace) -> "StepSettings":
-    from megatron_tspin.benchmark.settings import Wishes, settle
-    from megatron_tspin.cli.quickstart import example_folder
-    from megatron_tspin.models.hf_config import read_architecture
-
-    wishes = Wishes(
-        quick=args.quick,
-        sides=None if args.sides is None else tuple(args.sides),
-        max_length=args.max_length,
-        triplets=args.triplets,
-        micro_batch_size=args.micro_batch_size,
-        recipe_micro_batch_size=args.recipe_micro_batch_size,
-        row_capacity=args.row_capacity,
-        rounds=args.rounds,
-        minutes=args.minutes,
-    )
-    architecture = read_architecture(args.model or example_folder() / "checkpoint")
-    return settle(wishes, architecture, args.lengths, args.threads, args.bf16, args.seed, args.trl_path)
-
-
-def _refuse_gaps(result: "StepResult") -> None:
-    """TRL is optional; the other sides are not."""
-    from megatron_tspin.benchmark.settings import TRL
-
-    failed = [f"{side.name}: {side.absent}" for side in result.sides if side.absent is not None and side.name != TRL]
-    if failed:
-        raise StageError("these sides could not be measured\n" + "\n".join(failed))
-
-
-def _run_heads(args: argparse.Namespace) -> int:
-    from megatron_tspin.benchmark.head import HeadSettings, report_heads, run_head_benchmark
-
-    settings = HeadSettings(threads=args.threads, bf16=args.bf16)
-    report_heads(settings, run_head_benchmark(settings), args.output)
-    return EXIT_OK
-
-
-def _run_profile(args: argparse.Namespace) -> int:
-    from megatron_tspin.benchmark.profile import report_profile, run_profile
-
-    settings = _settings(args)
-    report_profile(settings, run_profile(settings), args.output)
     return EXIT_OK
 
 

@@ -3,18 +3,13 @@
 import os
 import signal
 import time
-from pathlib import Path
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import Case, Figures, Meaning, SkippedError
 
-PID_FILE = "TSPIN_TEST_PID_FILE"
 FIGURES = {"value": Meaning("s", "a figure"), "word": Meaning("", "a text")}
 
 
 def cases(reduced: bool) -> list[Case]:
-    if PID_FILE in os.environ:
-        return [Case("hangs", _hang)]
     return [
         Case("first", lambda: {"value": 1.0}),
         Case("raises", _raise),
@@ -34,8 +29,6 @@ def _skip() -> Figures:
 
 
 def _hang() -> Figures:
-    if PID_FILE in os.environ:
-        Path(os.environ[PID_FILE]).write_text(str(os.getpid()))
     time.sleep(60)
     return {}
 

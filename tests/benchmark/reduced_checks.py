@@ -1,28 +1,43 @@
 """Runs the reduced form of checks in one process, and looks at what they leave behind; started by a test.
 
-python reduced_checks.py FOLDER CHECK...    # writes FOLDER/CHECK.jsonl each, and FOLDER/facts.json
+python reduced_checks.py FOLDER CHECK...    # writes FOLDER/CHECK.json each, and FOLDER/facts.json
 """
 
+import dataclasses
 import gc
-import importlib
 import json
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from megatron_tspin.benchmark.gpu_report import child, step
-from megatron_tspin.benchmark.gpu_report.policies import architecture, topology
+from megatron_tspin.benchmark.gpu_report import runner, step
+from megatron_tspin.benchmark.gpu_report.check import Outcome
+from megatron_tspin.benchmark.gpu_report.policies import topology
 from megatron_tspin.benchmark.work import Work, predicted_flops
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.packing import work_model
 
 
+class Told:
+    """The parent's end of the pipe, as far as the child sees it."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[bool, Any]] = []
+
+    def send(self, message: tuple[bool, Any]) -> None:
+        self.messages.append(message)
+
+
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
-        with (folder / f"{name}.jsonl").open("w") as record:
-            assert child.run_cases(importlib.import_module(f"{child.PACKAGE}.{name}"), record, reduced=True) == 0
+        told = Told()
+        runner.serve_cases(cast(Connection, told), f"{runner.PACKAGE}.{name}", reduced=True)
+        (_, (cases, _)), *rest = told.messages
+        outcomes = [dataclasses.asdict(message) for _, message in rest if isinstance(message, Outcome)]
+        (folder / f"{name}.json").write_text(json.dumps({"cases": cases, "outcomes": outcomes}))
     gc.collect()
     facts = {"policies_left": sum(isinstance(each, PolicyModel) for each in gc.get_objects())}
     (folder / "facts.json").write_text(json.dumps(facts | flops()))
@@ -33,16 +48,14 @@ def flops() -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16
-    from megatron_tspin.benchmark.lengths import draw_tokens, response_tokens
+    from megatron_tspin.benchmark.lengths import response_tokens
     from megatron_tspin.benchmark.own_side import as_triplets, make_config
     from megatron_tspin.benchmark.settings import PACKED
 
-    sizes = step._REDUCED
-    length = sizes.lengths[0]
-    shape, settings = architecture(sizes.shape, sizes.layers), step._settings(length, sizes)
-    batch = step._batch(length, sizes)
-    trainer = _trainer(make_config(PACKED, settings), shape, FORMATS[LOCAL_BF16])
-    triplets = as_triplets(draw_tokens(batch, shape.vocab_size, 0))
+    task = step.Task(step.REDUCED, step.REDUCED.lengths[0])
+    shape, batch = task.architecture, task.shapes
+    trainer = _trainer(make_config(PACKED, task.settings), shape, FORMATS[LOCAL_BF16])
+    triplets = as_triplets(task.tokens)
     places = sum(micro_batch.rows.places for micro_batch in trainer.planner.plan(triplets))
     addmm_in_place = {torch.ops.aten.addmm_: _products_of_addmm}
     with FlopCounterMode(display=False, custom_mapping=addmm_in_place) as counter:
@@ -52,7 +65,7 @@ def flops() -> dict[str, float]:
     return {
         "counted": sum(count for name, count in counted if "attention" not in str(name)),
         "predicted": Work(places, 0, response_tokens(batch), head=4.0).flops(shape),
-        "by_step": predicted_flops(PACKED, batch, shape, settings),
+        "by_step": predicted_flops(PACKED, batch, shape, task.settings),
         "by_planner": sum(work.training(each, True) for each in batch),
     }
 

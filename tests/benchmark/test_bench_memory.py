@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tspin.benchmark.head import FULL, OURS, HeadSettings, report_heads, run_head_benchmark
+from megatron_tspin.benchmark.head_memory import FULL, OURS, HeadSettings, report_heads, run_head_benchmark
 from megatron_tspin.benchmark.memory import PeakMemory
 
 pytestmark = pytest.mark.skipif(

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 
 from megatron_tspin.benchmark.agreement import check_agreement
-from megatron_tspin.benchmark.output import as_json, print_result, write_result
-from megatron_tspin.benchmark.results import SideResult, StepResult
-from megatron_tspin.benchmark.settings import SIDES, StepSettings, Wishes, settle
-from megatron_tspin.errors import InputError, ParityError
+from megatron_tspin.benchmark.figure import make_figure
+from megatron_tspin.benchmark.output import print_result, write_result
+from megatron_tspin.benchmark.results import SideResult, StepResult, read_result
+from megatron_tspin.benchmark.settings import SIDES, StepSettings, settle
+from megatron_tspin.errors import ArtifactError, InputError, ParityError
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.objective.packing import Shape
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def make_settings(**changes: Any) -> StepSettings:
@@ -25,7 +28,6 @@ def make_settings(**changes: Any) -> StepSettings:
         "row_capacity": 256,
         "rounds": 3,
         "threads": 1,
-        "trl_path": "/somewhere/private/trl",
     }
     return StepSettings(**(given | changes))
 
@@ -84,10 +86,27 @@ def test_files_hold_every_repetition_and_no_path_of_the_machine(tmp_path: Path) 
     assert tree["sides"][0]["triplets_per_second"] == {"median": 1.5, "low": 1.0, "high": 2.0}
     assert tree["sides"][1]["absent"] == "No module named 'trl'" and "speedup" not in tree["sides"][1]
     assert tree["includes_optimizer"] is False
-    assert tree == json.loads(json.dumps(as_json(make_result())))
+    assert tree == json.loads(json.dumps(make_result().as_json()))
     page = target.with_suffix(".html").read_text()
     assert "packed" in page and "<fast>" not in page
     assert "somewhere/private" not in target.read_text() + page
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("step_*.json")), ids=lambda path: path.stem)
+def test_kept_results_can_be_read_and_plotted(path: Path) -> None:
+    result, tree = read_result(path), json.loads(path.read_text())
+    again = json.loads(json.dumps(result.as_json()))
+    assert tree["settings"].pop("trl_path") is None
+    assert again == tree
+    drawn = json.loads(make_figure(result).to_json())["data"]
+    assert drawn[0]["x"] == [side["name"] for side in tree["sides"] if side["seconds"]]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"benchmark": "profile"}', '{"benchmark": "triplet_step", "sides": 3}'])
+def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"other\.json: not a result of `tspin bench step`"):
+        read_result(tmp_path / "other.json")
 
 
 def side(name: str, **sums: float) -> SideResult:
@@ -135,23 +154,23 @@ def make_architecture(positions: int) -> Architecture:
     )
 
 
-def settled(wishes: Wishes, positions: int = 4096) -> StepSettings:
-    return settle(wishes, make_architecture(positions), "ultrachat", 1, False, 0, None)
+def settled(quick: bool = False, positions: int = 4096, **given: Any) -> StepSettings:
+    return settle({"lengths": "ultrachat", "threads": 1, **given}, quick, make_architecture(positions))
 
 
 def test_defaults_depend_on_quick_and_fit_the_policy() -> None:
-    full, quick = settled(Wishes()), settled(Wishes(quick=True))
+    full, quick = settled(), settled(quick=True, triplets=None)
     assert (full.max_length, full.sides, full.minutes) == (2048, tuple(SIDES), None)
     assert (quick.max_length, quick.sides) == (384, ("transformers", "padded", "unshared", "packed"))
     assert quick.minutes is not None and quick.minutes < 10 and quick.triplets < full.triplets
-    assert settled(Wishes(), positions=128).max_length == 128
-    assert settled(Wishes(quick=True, triplets=7, sides=("packed", "trl"))).sides == ("trl", "packed")
+    assert settled(positions=128).max_length == 128
+    assert settled(quick=True, triplets=7, sides=["packed", "trl", "recipe"]).sides == ("recipe", "packed", "trl")
     with pytest.raises(InputError, match="--max-length 256 is more than the 128 positions"):
-        settled(Wishes(max_length=256), positions=128)
+        settled(max_length=256, positions=128)
 
 
-@pytest.mark.parametrize("wishes", [Wishes(), Wishes(quick=True), Wishes(micro_batch_size=1)])
-def test_rows_hold_any_triplet_by_default(wishes: Wishes) -> None:
-    settings = settled(wishes)
+@pytest.mark.parametrize("given", [{}, {"quick": True}, {"micro_batch_size": 1}])
+def test_rows_hold_any_triplet_by_default(given: dict[str, Any]) -> None:
+    settings = settled(**given)
     longest = Shape(1, (settings.max_length - 1,) * 3)
     assert longest.row_tokens(share_prompts=False) <= settings.row_capacity

@@ -1,45 +1,43 @@
 """The report survives whatever a check does, and says it."""
 
 import importlib
-import io
 import json
 import math
-import os
-import subprocess
-import sys
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from megatron_tspin.benchmark.gpu_report import child, report, runner
-from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, SKIPPED, Outcome, status_of
-from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, CHECKS, Check
+from megatron_tspin.benchmark.gpu_report import report, runner
+from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, CHECKS
+from megatron_tspin.benchmark.gpu_report.check import (
+    FAILED,
+    OK,
+    SKIPPED,
+    Check,
+    CheckResult,
+    Meaning,
+    Outcome,
+    status_of,
+)
 from megatron_tspin.benchmark.gpu_report.gpu_tests import closing_line, failed_tests
-from megatron_tspin.benchmark.gpu_report.record import CheckResult
 from megatron_tspin.benchmark.gpu_report.runner import CheckRun
-from megatron_tspin.benchmark.gpu_report.table import WIDTH, render
+from megatron_tspin.benchmark.gpu_report.table import render
+from megatron_tspin.benchmark.tables import WIDTH
 from megatron_tspin.cli.main import main
 from megatron_tspin.errors import EXIT_INPUT, InputError
 from tests.benchmark import fake_check
-from tests.benchmark.test_bench_worker import gone_soon
+from tests.benchmark.reduced_checks import Told
 
 TEXTS = ("versions", "model")  # cases whose figures are none of the table's columns
 FAKE = Check("fake", "a check", limit=40, case_limit=1.5, columns=("value",))
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
 def run(folder: Path, module: str = "tests.benchmark.fake_check", limit: float = 40.0, **more: Any) -> CheckResult:
     return CheckRun(FAKE, folder, reduced=False, limit=limit, module=module, **more).run()
 
 
-@pytest.mark.usefixtures("importable")
 def test_no_case_stops_another(tmp_path: Path) -> None:
     seen: list[int] = []
     result = run(tmp_path, on_progress=lambda so_far: seen.append(len(so_far.cases)))
@@ -54,11 +52,10 @@ def test_no_case_stops_another(tmp_path: Path) -> None:
     assert found["dies"].reason is not None and "died (SIGSEGV)" in found["dies"].reason
     assert all(not case.figures for case in result.cases if case.status != OK)
     assert (result.status, result.reason) == (FAILED, None)
-    assert result.figures["value"] == {"unit": "s", "what": "a figure"}
+    assert result.figures["value"] == Meaning("s", "a figure")
     assert seen == sorted(seen) and seen[0] >= 1, "what is measured is handed on while the check runs"
 
 
-@pytest.mark.usefixtures("importable")
 def test_a_check_ends_at_its_limit_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_SHORTEST", 100.0)
     result = run(tmp_path)
@@ -66,46 +63,19 @@ def test_a_check_ends_at_its_limit_and_keeps_what_it_has(tmp_path: Path, monkeyp
     assert result.status == FAILED and result.reason == "the limit of 40 s was over before: dies, last"
 
 
-@pytest.mark.usefixtures("importable")
 def test_a_check_that_cannot_start_says_why(tmp_path: Path) -> None:
     result = run(tmp_path, "tests.benchmark.broken_check")
     assert result.status == FAILED and not result.cases
-    assert result.reason is not None and "exit code 1" in result.reason and "no such library" in result.reason
+    assert result.reason is not None and result.reason == "ImportError: no such library"
 
 
 def test_a_broken_device_ends_the_process_and_the_next_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "_device_is_well", lambda: False)
-    record = io.StringIO()
-    assert child.run_cases(fake_check, record, reduced=True) == child.POISONED
-    assert child.run_cases(fake_check, record, reduced=True, done=1) == child.POISONED
-    lines = [json.loads(line) for line in record.getvalue().splitlines()]
-    assert [line["outcome"]["name"] for line in lines if "outcome" in line] == ["first", "raises"]
-    assert sum("cases" in line for line in lines) == 1
-
-
-PARENT = """
-from pathlib import Path
-from tests.benchmark.test_gpu_report import run
-if __name__ == "__main__":
-    run(Path({folder!r}), limit=60.0)
-"""
-
-
-def test_processes_end_with_the_report(tmp_path: Path) -> None:
-    """The reporting process is killed while a case hangs."""
-    script, pid_file = tmp_path / "parent.py", tmp_path / "pid"
-    script.write_text(PARENT.format(folder=str(tmp_path)))
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), fake_check.PID_FILE: str(pid_file)}
-    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        pid = int(pid_file.read_text())
-    finally:
-        parent.kill()
-        parent.wait()
-    assert gone_soon(pid)
+    monkeypatch.setattr(runner, "_device_is_well", lambda: False)
+    told = Told()
+    for done in range(2):
+        runner.serve_cases(cast(Connection, told), fake_check.__name__, reduced=True, done=done)
+    outcomes = [message for _, message in told.messages if isinstance(message, Outcome)]
+    assert [outcome.name for outcome in outcomes] == ["first", "raises"]
 
 
 def test_status_of_a_check() -> None:
@@ -124,7 +94,7 @@ def full_report() -> list[CheckResult]:
     """Every case of the full form with every figure, as they come without a GPU's help."""
     made = []
     for check in CHECKS:
-        module = importlib.import_module(f"{child.PACKAGE}.{check.name}")
+        module = importlib.import_module(f"{runner.PACKAGE}.{check.name}")
         figures = {name: "a word" if name in ("outcome", "failures", "shape") else -1.234e-5 for name in module.FIGURES}
         names = [case.name for case in module.cases(reduced=False)]
         cases = [Outcome(name, OK, 1.0, None, {} if name in TEXTS else dict(figures)) for name in names]
@@ -206,5 +176,5 @@ ERROR tests/models/test_y.py
 
 def test_every_check_explains_what_the_table_shows() -> None:
     for name, check in BY_NAME.items():
-        figures = importlib.import_module(f"{child.PACKAGE}.{name}").FIGURES
+        figures = importlib.import_module(f"{runner.PACKAGE}.{name}").FIGURES
         assert set(check.columns) <= set(figures), name

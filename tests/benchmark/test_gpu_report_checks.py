@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tspin.benchmark.gpu_report.case import FAILED, OK, Outcome
 from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME
+from megatron_tspin.benchmark.gpu_report.check import FAILED, OK, Outcome
 
 HERE = Path(__file__).resolve().parent
 IN_ONE_PROCESS = ("te", "parity", "attention", "head", "step", "generation")
@@ -37,9 +37,9 @@ def outcomes(folder: Path) -> Outcomes:
     """By check and case."""
     found: Outcomes = {}
     for name in IN_ONE_PROCESS:
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        cases = [Outcome(**line["outcome"]) for line in lines if "outcome" in line]
-        assert [case.name for case in cases] == lines[0]["cases"]
+        written = json.loads((folder / f"{name}.json").read_text())
+        cases = [Outcome(**outcome) for outcome in written["outcomes"]]
+        assert [case.name for case in cases] == written["cases"]
         found[name] = {case.name: case for case in cases}
     return found
 

@@ -38,7 +38,7 @@ def architecture(tiny_checkpoint: Callable[[str], Path]) -> Architecture:
 
 def work_of(architecture: Architecture, shapes: list[Shape]) -> dict[str, float]:
     settings = settings_of(architecture.folder)
-    return {side: predicted_flops(side, shapes, architecture, settings) for side in SIDES}
+    return {side: predicted_flops(side, shapes, architecture, settings) for side in (*SIDES, "trl")}
 
 
 @pytest.mark.parametrize(("side", "padded_rows"), [("transformers", [39] * 6 + [42] * 3), ("transformers_mb1", PADDED)])

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
-from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
+from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning, SkippedError
 from megatron_tspin.benchmark.gpu_report.te import relative
 from megatron_tspin.benchmark.lengths import draw_lengths
+from megatron_tspin.benchmark.stopwatch import measure
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import Bundle, RowLayout
 from megatron_tspin.objective.packing import Shape
@@ -27,7 +26,7 @@ FIGURES = {
     "dk": Meaning("", _ERROR + "gradient of the keys"),
     "dv": Meaning("", _ERROR + "gradient of the values"),
     "forward_ms": Meaning("ms", "forward alone, with gradients wanted; median"),
-    **MEANINGS,
+    **TIMES,
     "tokens": Meaning("", "tokens of the row; of padded rows, theirs with padding"),
 }
 _MULTIPLE = 32

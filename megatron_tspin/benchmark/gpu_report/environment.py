@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 import megatron_tspin
-from megatron_tspin.benchmark.gpu_report import rates
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
-from megatron_tspin.benchmark.gpu_report.stopwatch import Timing, rate
+from megatron_tspin.benchmark import rates
+from megatron_tspin.benchmark.gpu_report.check import Case, Figures, Meaning
 from megatron_tspin.benchmark.machine import describe_machine
+from megatron_tspin.benchmark.stopwatch import Timing
 from megatron_tspin.platform import has_cuda
 
 _PACKAGES = ("triton", "transformers", "megatron-core", "transformer-engine")
@@ -110,18 +109,19 @@ def _output(command: list[str]) -> str:
 
 
 def _bf16() -> Figures:
-    return _product(rates.bf16_product())
+    return _product(rates.product(rates.matrix_size()))
 
 
 def _fp8(fast: bool) -> Figures:
-    found = _product(rates.fp8_product(fast))
-    share = float(found["rate"]) * _TERA / rates.bf16_flops_per_second()
-    return {**found, "share_of_bf16": share}
+    found = _product(rates.fp8_product(rates.matrix_size(), fast))
+    return {**found, "share_of_bf16": found["rate"] * _TERA / rates.bf16_rate()}
 
 
-def _product(timing: Timing) -> Figures:
-    return {**rate(timing, rates.matrix_flops() / _TERA), "size": float(rates.matrix_size())}
+def _product(timing: Timing) -> dict[str, float]:
+    size = rates.matrix_size()
+    return {**timing.rate(rates.matrix_flops(size) / _TERA), "size": float(size)}
 
 
 def _copy() -> Figures:
-    return {**rate(rates.copy(), rates.copy_bytes() / _TERA), "size": rates.copy_bytes() / 2}
+    timing, count = rates.copy()
+    return {**timing.rate(2 * count / _TERA), "size": float(count)}

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning
 from megatron_tspin.benchmark.gpu_report.policies import SMOLLM2, TINY, architecture, random_policy, topology
 from megatron_tspin.benchmark.gpu_report.step import transformers_model
-from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, Timing, measure
+from megatron_tspin.benchmark.stopwatch import Timing, measure
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.platform import device
@@ -24,7 +23,7 @@ _REPEATS = 3
 
 FIGURES = {
     "tokens_per_second": Meaning("1/s", "new tokens of the whole batch over the median time, prompts included"),
-    **MEANINGS,
+    **TIMES,
     "prompts": Meaning("", "prompts of the batch, of 20 to 60 random tokens, padded on the left"),
     "new_tokens": Meaning("", "greedy tokens of each prompt"),
 }

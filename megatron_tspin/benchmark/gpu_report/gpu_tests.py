@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import megatron_tspin
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import Case, Figures, Meaning, SkippedError
 
 _MARKS = "gpu or te"
 _REDUCED_FILE = "models/test_packed_attention.py"

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import Case, Figures, Meaning
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_FP32
 from megatron_tspin.benchmark.gpu_report.policies import MISTRAL, SMOLLM2, TINY, architecture, random_policy, require
 from megatron_tspin.benchmark.gpu_report.responses import draw_rows, token_log_probs

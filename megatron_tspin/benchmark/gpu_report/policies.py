@@ -2,7 +2,6 @@
 
 import atexit
 import hashlib
-import os
 import tempfile
 from contextlib import ExitStack
 from functools import cache
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 
-from megatron_tspin.benchmark.gpu_report.case import SkippedError
-from megatron_tspin.benchmark.own_side import ALONE
+from megatron_tspin.benchmark.alone import alone
+from megatron_tspin.benchmark.gpu_report.check import SkippedError
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.parallel import Topology, distributed
+from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
 from megatron_tspin.precision import check_machine, uses_transformer_engine
 from megatron_tspin.storage import write_json
@@ -32,43 +31,22 @@ _STANDARD_DEVIATION = 0.02
 _ROWS_MULTIPLE = 32
 """Of row lengths: what any FP8 recipe takes, so that every number format computes the same rows."""
 
-_SHAPES: dict[str, dict[str, Any]] = {
-    SMOLLM2: {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-5,
-    },
-    MISTRAL: {
-        "model_type": "mistral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-    },
-    TINY: {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-    },
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    SMOLLM2: (
+        (49152, 576, 1536, 30, 9),
+        {"model_type": "llama", "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    MISTRAL: (
+        (32000, 4096, 14336, 32, 32),
+        {"model_type": "mistral", "num_key_value_heads": 8, "tie_word_embeddings": False, "sliding_window": None},
+    ),
+    TINY: (
+        (256, 64, 128, 2, 4),
+        {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": False},
+    ),
 }
-_POSITIONS = 16384
+_COMMON = {"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "hidden_act": "silu", "rope_theta": 10000.0}
 
 _open = ExitStack()
 
@@ -81,7 +59,8 @@ def architecture(shape: str, layers: int | None = None) -> Architecture:
         shape: `SMOLLM2`, `MISTRAL` or `TINY`.
         layers: Instead of the shape's own.
     """
-    config = {**_SHAPES[shape], "max_position_embeddings": _POSITIONS, "hidden_act": "silu", "rope_theta": 10000.0}
+    sizes, rest = _SHAPES[shape]
+    config = dict(zip(_SIZES, sizes, strict=True)) | rest | _COMMON
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     folder = Path(_open.enter_context(tempfile.TemporaryDirectory(prefix="tspin_shape_")))
     write_json(folder / "config.json", config)
@@ -97,9 +76,8 @@ def parallel() -> ParallelSection:
 @cache
 def topology() -> Topology:
     """Makes this process a world of its own, until it ends."""
-    os.environ |= ALONE
     atexit.register(_open.close)
-    return _open.enter_context(distributed(parallel(), tokens_multiple=_ROWS_MULTIPLE))
+    return _open.enter_context(alone(parallel(), _ROWS_MULTIPLE))
 
 
 def require(precision: PrecisionSection) -> None:

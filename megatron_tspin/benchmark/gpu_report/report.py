@@ -1,19 +1,15 @@
-"""The whole report: every check in turn, the JSON file after each, and the table at the end."""
+"""The whole report: every check in turn, the JSON file after each case, and the table at the end."""
 
 import dataclasses
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, CHECKS, Check
-from megatron_tspin.benchmark.gpu_report.record import CheckResult
+from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME, CHECKS
+from megatron_tspin.benchmark.gpu_report.check import FAILED, Check, CheckResult
 from megatron_tspin.benchmark.gpu_report.runner import CheckRun
 from megatron_tspin.benchmark.gpu_report.table import render
 from megatron_tspin.benchmark.machine import describe_machine
@@ -46,50 +42,57 @@ class ReportSettings:
     minutes: float
 
 
-def run_report(
-    settings: ReportSettings, on_check: Callable[[CheckResult], None] = lambda result: None
-) -> list[CheckResult]:
-    """Runs the checks; the files are up to date after every case.
+class _Files:
+    """The JSON file and the table, written again after every case."""
 
-    Args:
-        settings: What to run.
-        on_check: Called with each check's result.
+    def __init__(self, settings: ReportSettings) -> None:
+        self._settings = settings
+        self._started = time.monotonic()
+        self._date, self._machine = datetime.now().astimezone().isoformat(timespec="seconds"), describe_machine()
+        self.results: list[CheckResult] = []
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def save(self, last: CheckResult) -> None:
+        """Writes what is there, with a check that may still run."""
+        so_far = [*self.results, last]
+        head: dict[str, Any] = {
+            "benchmark": "gpu_report",
+            "date": self._date,
+            "reduced": self._settings.reduced,
+            "seconds": round(self.seconds, 1),
+            "machine": self._machine,
+        }
+        folder = self._settings.folder
+        write_json(folder / JSON_NAME, head | {"checks": [dataclasses.asdict(each) for each in so_far]})
+        write_text(folder / TABLE_NAME, render(so_far, head))
+
+
+def run_report(settings: ReportSettings) -> list[CheckResult]:
+    """Runs the checks; the files are up to date after every case.
 
     Raises:
         InputError: No such check.
     """
-    checks = chosen_checks(settings.only)
-    started = time.monotonic()
-    results: list[CheckResult] = []
-    machine, date = describe_machine(), datetime.now().astimezone().isoformat(timespec="seconds")
-
-    def save(last: CheckResult) -> None:
-        so_far = [*results, last]
-        head = {
-            "benchmark": "gpu_report",
-            "date": date,
-            "reduced": settings.reduced,
-            "seconds": round(time.monotonic() - started, 1),
-            "machine": machine,
-        }
-        write_json(settings.folder / JSON_NAME, head | {"checks": [dataclasses.asdict(each) for each in so_far]})
-        write_text(settings.folder / TABLE_NAME, render(so_far, head))
-
-    with _temporary_folder():
-        granted = 0.0
+    checks, files, granted = chosen_checks(settings.only), _Files(settings), 0.0
+    # For what the checks write on the side, compiled kernels too: a killed process cleans nothing up.
+    with tempfile.TemporaryDirectory(prefix="tspin_gpu_report_", ignore_cleanup_errors=True) as side_folder:
         for check in checks:
             # What earlier checks did not use is added, so that all of them together keep to the sum of their limits.
             granted += check.reduced_limit if settings.reduced else check.limit
-            limit = min(granted, 60 * settings.minutes) - (time.monotonic() - started)
-            if limit <= 0:
-                result = CheckResult(check.name, reason=_NO_TIME)
-            else:
-                result = CheckRun(check, settings.folder / "logs", settings.reduced, limit, save).run()
-            save(result)
-            results.append(result)
-            on_check(result)
+            limit = min(granted, 60 * settings.minutes) - files.seconds
+            result = CheckResult(check.name, reason=_NO_TIME)
+            if limit > 0:
+                environment, logs = {"TMPDIR": side_folder}, settings.folder / "logs"
+                run = CheckRun(check, logs, settings.reduced, limit, files.save, environment=environment)
+                result = run.run()
+            files.save(result)
+            files.results.append(result)
             _log.info("%s: %s, %.1f s", check.name, result.status, result.seconds)
-    return results
+    return files.results
 
 
 def chosen_checks(only: tuple[str, ...]) -> list[Check]:
@@ -104,34 +107,12 @@ def chosen_checks(only: tuple[str, ...]) -> list[Check]:
     return [check for check in CHECKS if not only or check.name in only]
 
 
-@contextmanager
-def _temporary_folder() -> Iterator[None]:
-    """For what the checks write on the side, compiled kernels too: a killed process cleans nothing up."""
-    before = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="tspin_gpu_report_", ignore_cleanup_errors=True) as folder:
-        os.environ["TMPDIR"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["TMPDIR"]
-            else:
-                os.environ["TMPDIR"] = before
-
-
-def print_table(settings: ReportSettings) -> None:
-    """Prints the table as it was last written."""
-    sys.stdout.write((settings.folder / TABLE_NAME).read_text(encoding="utf-8"))
-    sys.stdout.flush()
-
-
-def has_failed(results: list[CheckResult]) -> list[str]:
+def failures(results: list[CheckResult]) -> list[str]:
     """Names of the checks that failed, with the first reason."""
     found = []
     for result in results:
-        if result.status != "failed":
-            continue
-        reasons: list[Any] = [result.reason, *(case.reason for case in result.cases if case.status == "failed")]
-        first = next((reason for reason in reasons if reason), "")
-        found.append(f"{result.name}: {' '.join(first.split())}"[:_SHOWN])
+        if result.status == FAILED:
+            reasons = [result.reason, *(case.reason for case in result.cases if case.status == FAILED)]
+            first = next((reason for reason in reasons if reason), "")
+            found.append(f"{result.name}: {' '.join(first.split())}"[:_SHOWN])
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,18 +42,10 @@ def draw_rows(shape: Architecture, triplets: int, seed: int = 0) -> tuple[list[R
         return [chance.randrange(shape.vocab_size) for _ in range(count)]
 
     groups = [(ids(each.prompt), [ids(count) for count in each.responses]) for each in lengths]
-    packing = Packing(capacity=_CAPACITY, multiple=topology().row_length_multiple)
-    (planned,) = plan_rows(lengths, packing, work_model(shape))
+    (planned,) = plan_rows(lengths, Packing(_CAPACITY, topology().row_length_multiple), work_model(shape))
     rows = [pack_row([groups[i] for i in row.members], row.length) for row in planned]
-    return rows, _owners(rows)
-
-
-def _owners(rows: Sequence[Rows]) -> Tensor:
-    owners, before = [], 0
-    for row in rows:
-        owners.append(row.targets.response_index + before)
-        before += row.targets.num_responses
-    return torch.cat(owners)
+    before = accumulate((row.targets.num_responses for row in rows), initial=0)
+    return rows, torch.cat([row.targets.response_index + first for row, first in zip(rows, before, strict=False)])
 
 
 def token_log_probs(policy: PolicyModel, rows: Sequence[Rows]) -> Tensor:

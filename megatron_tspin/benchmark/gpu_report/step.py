@@ -1,15 +1,15 @@
 """Speed of a training step at Mistral-7B's layer shapes, in each number format, beside plain transformers."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 
-from megatron_tspin.benchmark.gpu_report import rates
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark import rates
+from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_BF16, TRAINED
 from megatron_tspin.benchmark.gpu_report.policies import (
     MISTRAL,
@@ -20,14 +20,13 @@ from megatron_tspin.benchmark.gpu_report.policies import (
     require,
     topology,
 )
-from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, Timing, measure
 from megatron_tspin.benchmark.lengths import draw_lengths, draw_tokens, response_tokens
 from megatron_tspin.benchmark.memory import PeakMemory
 from megatron_tspin.benchmark.own_side import as_triplets, make_config
 from megatron_tspin.benchmark.settings import PACKED, StepSettings
+from megatron_tspin.benchmark.stopwatch import Timing, measure
 from megatron_tspin.benchmark.work import useful_flops
 from megatron_tspin.models.hf_config import Architecture
-from megatron_tspin.objective.packing import Shape
 from megatron_tspin.platform import device, has_cuda
 
 _LENGTHS = "ultrachat"
@@ -51,7 +50,7 @@ FIGURES = {
     "share_of_bf16": Meaning("", "tflops over the rate of a bf16 product of 8192^3 (CPU: 512^3) in the same process"),
     "share_of_fp8": Meaning("", "the same with an FP8 product with fast accumulation; of FP8 formats alone"),
     "peak_gib": Meaning("GiB", "peak memory of a step, weights and gradients included, ours with fp32 masters too"),
-    **MEANINGS,
+    **TIMES,
     "shape": Meaning("", "whose layers, embedding and head they are"),
     "layers": Meaning("", "decoder layers, chosen by the memory of the device"),
     "parameters": Meaning("10^9", "parameters of the model"),
@@ -74,18 +73,65 @@ class _Sizes:
 
 
 _FULL = _Sizes(MISTRAL, (2048, 8192), 8, 8192, None, 2.0)
-_REDUCED = _Sizes(TINY, (128,), 2, 384, 2, 0.1)
-Batch = list[Shape]
+REDUCED = _Sizes(TINY, (128,), 2, 384, 2, 0.1)
+
+
+class Task:
+    """What all sides do at a most length.
+
+    Attributes:
+        sizes: Of the report's form.
+        shapes: Lengths of the batch.
+        architecture: Of the policy.
+        tokens: The batch.
+        settings: Of our own side.
+    """
+
+    def __init__(self, sizes: _Sizes, length: int) -> None:
+        self.sizes = sizes
+        self.shapes = draw_lengths(_LENGTHS, sizes.triplets, length, _SEED)
+        self.architecture = _architecture(sizes)
+        self.tokens = draw_tokens(self.shapes, self.architecture.vocab_size, _SEED)
+        self.settings = StepSettings(
+            model=str(self.architecture.folder),
+            sides=(PACKED,),
+            lengths=_LENGTHS,
+            max_length=length,
+            triplets=sizes.triplets,
+            micro_batch_size=1,
+            row_capacity=_capacity(sizes, length),
+            rounds=1,
+            threads=parallel().cpu_threads,
+            bf16=True,
+            seed=_SEED,
+        )
+
+    def figures(self, timing: Timing, memory: PeakMemory) -> dict[str, float]:
+        """Call it before the models are gone, and before anything else uses memory."""
+        peak = (memory.held_mib + memory.peak_mib()) / 1024
+        useful = useful_flops(self.shapes, self.architecture) / timing.median
+        return {
+            "triplets_per_second": len(self.shapes) / timing.median,
+            "tokens_per_second": response_tokens(self.shapes) / timing.median,
+            "tflops": useful / 1e12,
+            "share_of_bf16": useful / rates.bf16_rate(),
+            "peak_gib": peak,
+            **timing.milliseconds(),
+            **_model_figures(self.architecture),
+            "triplets": float(len(self.shapes)),
+            "longest": float(max(each.prompt + max(each.responses) for each in self.shapes)),
+            "graphs": float(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+        }
 
 
 def cases(reduced: bool) -> list[Case]:
     """Each format, then transformers, at each most length."""
-    sizes = _REDUCED if reduced else _FULL
-    own = {name: partial(_own, name, sizes) for name in TRAINED}
-    peers = {name: partial(_transformers, *how, sizes) for name, how in _TRANSFORMERS.items()}
+    sizes = REDUCED if reduced else _FULL
+    own = {name: partial(_own, name) for name in TRAINED}
+    peers = {name: partial(_transformers, *how) for name, how in _TRANSFORMERS.items()}
     runs = {LOCAL_BF16: own[LOCAL_BF16], **peers, **own}  # what matters most comes before time is up
     speeds = [
-        Case(f"{name} | up to {length} tokens", partial(run, length))
+        Case(f"{name} | up to {length} tokens", partial(run, sizes, length))
         for length in sizes.lengths
         for name, run in runs.items()
     ]
@@ -94,7 +140,6 @@ def cases(reduced: bool) -> list[Case]:
 
 def _model(sizes: _Sizes) -> Figures:
     """What all of them train."""
-    topology()
     return {"shape": sizes.shape, **_model_figures(_architecture(sizes)), "triplets": float(sizes.triplets)}
 
 
@@ -104,23 +149,17 @@ def _model_figures(shape: Architecture) -> dict[str, float]:
     return {"layers": float(shape.num_layers), "parameters": parameters}
 
 
-def _batch(length: int, sizes: _Sizes) -> Batch:
-    return draw_lengths(_LENGTHS, sizes.triplets, length, _SEED)
-
-
-def _capacity(length: int, sizes: _Sizes) -> int:
+def _capacity(sizes: _Sizes, length: int) -> int:
     """Rows hold the longest triplet."""
-    longest = max(shape.row_tokens(share_prompts=True) for shape in _batch(length, sizes))
-    return max(sizes.row_capacity, -(-longest // topology().row_length_multiple) * topology().row_length_multiple)
+    shapes = draw_lengths(_LENGTHS, sizes.triplets, length, _SEED)
+    longest, multiple = max(shape.row_tokens(share_prompts=True) for shape in shapes), topology().row_length_multiple
+    return max(sizes.row_capacity, -(-longest // multiple) * multiple)
 
 
 @cache
 def _architecture(sizes: _Sizes) -> Architecture:
-    return architecture(sizes.shape, sizes.layers or layers_that_fit(architecture(sizes.shape), _most_tokens(sizes)))
-
-
-def _most_tokens(sizes: _Sizes) -> int:
-    return max(_capacity(length, sizes) for length in sizes.lengths)
+    row_tokens = max(_capacity(sizes, length) for length in sizes.lengths)
+    return architecture(sizes.shape, sizes.layers or layers_that_fit(architecture(sizes.shape), row_tokens))
 
 
 def layers_that_fit(shape: Architecture, row_tokens: int) -> int:
@@ -142,85 +181,46 @@ def _layer_parameters(shape: Architecture) -> int:
     return shape.hidden_size * (heads + 3 * shape.ffn_hidden_size)
 
 
-def _settings(length: int, sizes: _Sizes) -> StepSettings:
-    return StepSettings(
-        model=str(_architecture(sizes).folder),
-        sides=(PACKED,),
-        lengths=_LENGTHS,
-        max_length=length,
-        triplets=sizes.triplets,
-        micro_batch_size=1,
-        row_capacity=_capacity(length, sizes),
-        rounds=1,
-        threads=parallel().cpu_threads,
-        bf16=True,
-        seed=_SEED,
-    )
-
-
 def _own(name: str, sizes: _Sizes, length: int) -> Figures:
     from megatron_tspin.training.loop import build_trainer
 
     precision = FORMATS[name]
     require(precision)
-    shape, settings = _architecture(sizes), _settings(length, sizes)
-    config = make_config(PACKED, settings).model_copy(update={"precision": precision})
-    batch = as_triplets(draw_tokens(_batch(length, sizes), shape.vocab_size, _SEED))
-    trainer = build_trainer(config, 1, topology(), random_policy(shape, precision, config.training), num_steps=1)
+    task = Task(sizes, length)
+    config = make_config(PACKED, task.settings).model_copy(update={"precision": precision})
+    policy = random_policy(task.architecture, precision, config.training)
+    trainer, batch = build_trainer(config, 1, topology(), policy, num_steps=1), as_triplets(task.tokens)
     memory = PeakMemory()
     timing = measure(lambda: trainer.forward_backward(batch), sizes.seconds)
-    found = _figures(timing, memory, length, sizes)
+    found = task.figures(timing, memory)
     if precision.fp8 is not None:
-        rate = rates.matrix_flops() / rates.fp8_product(fast_accumulation=True).median
-        found["share_of_fp8"] = 1e12 * found["tflops"] / rate
-    return {**found, "row_capacity": float(settings.row_capacity)}
-
-
-def _figures(timing: Timing, memory: PeakMemory, length: int, sizes: _Sizes) -> dict[str, float]:
-    """Call it before the models are gone, and before anything else uses memory."""
-    peak = (memory.held_mib + memory.peak_mib()) / 1024
-    shape, batch = _architecture(sizes), _batch(length, sizes)
-    useful = useful_flops(batch, shape) / timing.median
-    return {
-        "triplets_per_second": len(batch) / timing.median,
-        "tokens_per_second": response_tokens(batch) / timing.median,
-        "tflops": useful / 1e12,
-        "share_of_bf16": useful / rates.bf16_flops_per_second(),
-        "peak_gib": peak,
-        **timing.milliseconds(),
-        **_model_figures(shape),
-        "triplets": float(len(batch)),
-        "longest": float(max(each.prompt + max(each.responses) for each in batch)),
-        "graphs": float(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
-    }
+        found["share_of_fp8"] = 1e12 * found["tflops"] / rates.fp8_rate()
+    return {**found, "row_capacity": float(task.settings.row_capacity)}
 
 
 def _transformers(micro_batch_size: int, checkpointing: bool, sizes: _Sizes, length: int) -> Figures:
     """Rows of all roles padded to the longest of their micro-batch, full logits."""
+    micro_batch_size, task = min(micro_batch_size, sizes.triplets), Task(sizes, length)
     while True:
         try:
-            found = _transformers_once(min(micro_batch_size, sizes.triplets), checkpointing, length, sizes)
+            found = _transformers_once(micro_batch_size, checkpointing, task)
+            return {**found, "micro_batch_size": float(micro_batch_size)}
         except torch.OutOfMemoryError:
             if micro_batch_size == 1:
                 raise
-        else:
-            return {**found, "micro_batch_size": float(min(micro_batch_size, sizes.triplets))}
         micro_batch_size //= 2
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _transformers_once(micro_batch_size: int, checkpointing: bool, length: int, sizes: _Sizes) -> dict[str, float]:
+def _transformers_once(micro_batch_size: int, checkpointing: bool, task: Task) -> dict[str, float]:
     from megatron_tspin.benchmark.transformers_side import TransformersSide
 
-    shape = _architecture(sizes)
-    tokens = draw_tokens(_batch(length, sizes), shape.vocab_size, _SEED)
-    side = TransformersSide(
-        _settings(length, sizes), tokens, micro_batch_size, checkpointing, transformers_model(shape).train()
-    )
+    model = transformers_model(task.architecture).train()
+    side = TransformersSide(task.settings, task.tokens, micro_batch_size, checkpointing, model)
     memory = PeakMemory()
-    timing = measure(side.forward_backward, sizes.seconds, prepare=side.zero_gradients, warm_ups=0)
-    return _figures(timing, memory, length, sizes)
+    timing = measure(side.forward_backward, task.sizes.seconds, prepare=side.zero_gradients, warm_ups=0)
+    return task.figures(timing, memory)
 
 
 def transformers_model(shape: Architecture) -> Any:
@@ -229,11 +229,6 @@ def transformers_model(shape: Architecture) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(shape.folder, local_files_only=True)
     torch.manual_seed(0)
-    if not has_cuda():
+    with device() if has_cuda() else nullcontext():
         made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    else:
-        with device():
-            made = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation="sdpa"
-            )
     return made.to(device())

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tspin.benchmark.gpu_report.case import Case, Figures, SkippedError
-from megatron_tspin.benchmark.gpu_report.catalogue import Meaning
+from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning, SkippedError
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_FP32, TRAINED
-from megatron_tspin.benchmark.gpu_report.stopwatch import MEANINGS, measure
+from megatron_tspin.benchmark.stopwatch import measure
 from megatron_tspin.config import TrainingSection
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.platform import device, has_cuda
@@ -33,7 +32,7 @@ FIGURES = {
     "out": Meaning("", _RELATIVE + "the result; FusedAdam: the parameters; the policy: its log-probs"),
     "input_gradient": Meaning("", _RELATIVE + "gradient of the input"),
     "weight_gradient": Meaning("", _RELATIVE + "gradient of the weight; the policy: of all weights together"),
-    "first_seconds": MEANINGS["first_seconds"],
+    "first_seconds": TIMES["first_seconds"],
 }
 
 

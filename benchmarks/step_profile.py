@@ -1,5 +1,11 @@
-"""Where the time of our own step goes: the self time of every operation, by the part of the model it belongs to."""
+"""Where the time of our own step goes: the self time of every operation, by the part of the model it belongs to.
 
+    python benchmarks/step_profile.py --model CHECKPOINT --max-length 512 --triplets 4 --micro-batch-size 2
+
+The options are those of `tspin bench step`; sides and rounds are not used.
+"""
+
+import argparse
 import dataclasses
 import sys
 from collections import defaultdict
@@ -9,11 +15,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_tspin.benchmark.child import Child, threads_environment
 from megatron_tspin.benchmark.lengths import TokenTriplet, draw_lengths, draw_tokens
 from megatron_tspin.benchmark.machine import describe_machine
 from megatron_tspin.benchmark.settings import PACKED, StepSettings
+from megatron_tspin.benchmark.side_process import make_side
+from megatron_tspin.benchmark.tables import make_table, show
 from megatron_tspin.benchmark.work import useful_flops
-from megatron_tspin.benchmark.worker import Child, prepare_threads
+from megatron_tspin.cli.bench import add_step_arguments, step_settings
+from megatron_tspin.errors import EXIT_OK, TspinError
+from megatron_tspin.log import set_up_logging
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.storage import write_json
 
@@ -64,22 +75,20 @@ def run_profile(settings: StepSettings) -> ProfileResult:
     architecture = read_architecture(Path(settings.model))
     lengths = draw_lengths(settings.lengths, settings.triplets, settings.max_length, settings.seed)
     batch = draw_tokens(lengths, architecture.vocab_size, settings.seed)
-    with Child(_serve_profile, settings, batch) as child:
-        seconds, parts, rate = child.ask()
+    with Child(_serve_profile, settings, batch, environment=threads_environment(settings.threads)) as child:
+        seconds, parts, rate = child.receive()
     return ProfileResult(seconds, parts, rate, useful_flops(lengths, architecture))
 
 
 def _serve_profile(connection: Connection, settings: StepSettings, batch: Sequence[TokenTriplet]) -> None:
-    prepare_threads(settings.threads)
     from torch.profiler import ProfilerActivity, profile
 
-    from megatron_tspin.benchmark.machine import matmul_rate
-    from megatron_tspin.benchmark.sides import make_side
-    from megatron_tspin.benchmark.timing import timed
+    from megatron_tspin.benchmark.rates import matmul_rate
+    from megatron_tspin.benchmark.stopwatch import timed
 
     side = make_side(PACKED, settings, batch)
     side.forward_backward()
-    seconds = min(timed(side.forward_backward)[1].seconds for _ in range(2))
+    seconds = min(timed(side.forward_backward)[1] for _ in range(2))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         side.forward_backward()
     connection.send((True, (seconds, by_part(profiler.events()), matmul_rate(settings.bf16))))
@@ -113,24 +122,36 @@ def _part_of(event: Any) -> str:
 
 def report_profile(settings: StepSettings, result: ProfileResult, folder: Path) -> None:
     """Prints a table and writes profile_<model>_<lengths>_<max length>.json."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=sys.stdout, highlight=False)
     model = Path(settings.model).name
-    console.print(
+    rows = ([part.name, f"{part.seconds:.2f}", f"{part.share:.1%}"] for part in result.parts)
+    show(
         f"Packed step: {model}, {settings.triplets} triplets, {settings.lengths} up to {settings.max_length} tokens, "
         f"{settings.threads} threads: {result.seconds:.1f} s; useful operations run at {result.share_of_peak:.0%} of "
         f"the {result.matmul_flops_per_second / 1e9:.0f} GFLOP/s of a matrix product",
-        soft_wrap=True,
+        make_table(("part", "seconds, profiled", "share"), rows),
     )
-    table = Table("part", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("seconds, profiled", justify="right")
-    table.add_column("share", justify="right")
-    for part in result.parts:
-        table.add_row(part.name, f"{part.seconds:.2f}", f"{part.share:.1%}")
-    console.print(table)
     tree = {"benchmark": "profile", "machine": describe_machine(), **dataclasses.asdict(result)}
-    tree["settings"] = dataclasses.asdict(settings) | {"model": model, "trl_path": None}
+    tree["settings"] = dataclasses.asdict(settings) | {"model": model}
     write_json(folder / f"profile_{model}_{settings.lengths}_{settings.max_length}.json", tree)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the profile; returns the exit code.
+
+    Raises:
+        SystemExit: It was refused or failed, with the message.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_arguments(parser)
+    args = parser.parse_args(argv)
+    set_up_logging()
+    try:
+        settings = step_settings(args)
+        report_profile(settings, run_profile(settings), args.output)
+    except TspinError as error:
+        raise SystemExit(f"error: {error}") from error
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tspin.benchmark.profile import by_part
-from megatron_tspin.cli.main import main
+from benchmarks.step_profile import by_part, main
 from megatron_tspin.errors import EXIT_OK
 
 
@@ -33,8 +32,8 @@ def test_operations_count_for_the_part_they_are_called_from() -> None:
 def test_a_profile_of_the_tiny_model(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--max-length", "48", "--triplets", "3", "--threads", "1", "--output", str(tmp_path), "--profile"]
-    assert main(["bench", "step", "--model", str(tiny_checkpoint("tied")), *flags]) == EXIT_OK
+    flags = ["--max-length", "48", "--triplets", "3", "--threads", "1", "--output", str(tmp_path)]
+    assert main(["--model", str(tiny_checkpoint("tied")), *flags]) == EXIT_OK
     tree = json.loads((tmp_path / "profile_tied_ultrachat_48.json").read_text())
     parts = {part["name"]: part["seconds"] for part in tree["parts"]}
     assert {"head", "attention over the packed row", "SwiGLU", "linear layers (matrix products)"} <= set(parts)

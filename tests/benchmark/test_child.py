@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tspin.benchmark.worker import Child, ChildError
+from megatron_tspin.benchmark.child import Child, ChildError, threads_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,6 +31,22 @@ def busy(connection: Connection) -> None:
     time.sleep(60)
 
 
+def with_a_process_of_its_own(connection: Connection) -> None:
+    """What it starts, a fork that shares the pipe, outlives it."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    connection.send((True, pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell(connection: Connection) -> None:
+    print("on the way", flush=True)  # noqa: T201
+    connection.send((True, (os.environ["OMP_NUM_THREADS"], "torch" in sys.modules)))
+    os.abort()
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -48,7 +64,7 @@ def gone_soon(pid: int) -> bool:
 
 def test_a_child_answers_and_ends() -> None:
     with Child(echo, "hello") as child:
-        word, pid = child.ask()
+        word, pid = child.receive()
         assert word == "hello"
         assert child.ask("again") == "again"
         assert alive(pid)
@@ -60,17 +76,40 @@ def test_a_child_answers_and_ends() -> None:
 )
 def test_failures_are_said_in_one_line(word: str, message: str) -> None:
     with Child(echo, "hello") as child:
-        child.ask()
+        child.receive()
         with pytest.raises(ChildError, match=message):
             child.ask(word)
 
 
+def test_a_child_that_is_busy_is_waited_for_no_longer_than_asked() -> None:
+    with pytest.raises(TimeoutError), Child(busy) as child:
+        pid = child.receive(60.0)
+        child.receive(0.1)
+    assert gone_soon(pid)
+
+
+def test_what_a_child_has_started_ends_too_and_does_not_hide_its_death() -> None:
+    with pytest.raises(ChildError, match="SIGKILL"), Child(with_a_process_of_its_own) as child:
+        pid = child.receive()
+        child.receive(60.0)
+    assert gone_soon(pid)
+
+
+def test_a_log_takes_what_a_child_says_and_its_end_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with Child(tell, environment=threads_environment(3), log=log) as child:
+        assert child.receive() == ("3", False)
+        with pytest.raises(ChildError, match=r"died \(SIGABRT\); the end of its log: on the way"):
+            child.receive()
+    assert log.read_text().startswith("on the way")
+
+
 PARENT = """
 import time
-from tests.benchmark.test_bench_worker import busy
-from megatron_tspin.benchmark.worker import Child
+from tests.benchmark.test_child import busy
+from megatron_tspin.benchmark.child import Child
 if __name__ == "__main__":
-    print(Child(busy).ask(), flush=True)
+    print(Child(busy).receive(), flush=True)
     time.sleep(60)
 """
 
