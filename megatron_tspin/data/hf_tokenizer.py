@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from megatron_tspin.data.continuation import without_prefix
 from megatron_tspin.data.tokenizer import resolve_eos
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_text
@@ -30,9 +31,8 @@ class HFTokenizer:
         self._backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may carry both, and either would change ids unseen
         self._backend.no_padding()
+        self._continuing = without_prefix(self._backend)
         self.eos_id = resolve_eos(self._tokenizer.eos_token_id, folder)
-        pad_id = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         parts = [json.loads(self._backend.to_str()), self.eos_id, self._tokenizer.chat_template]
         self.fingerprint = sha256_text(json.dumps(parts, sort_keys=True))
@@ -42,9 +42,13 @@ class HFTokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that go on from another one."""
+        return [encoding.ids for encoding in self._continuing.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and ids beyond the vocabulary left out."""
-        kept = [token for token in ids if token not in (self.eos_id, self.pad_id)]
+        kept = [token for token in ids if token != self.eos_id]  # which is not special if the checkpoint names it
         text: str = self._backend.decode(kept, skip_special_tokens=True)
         return text
 

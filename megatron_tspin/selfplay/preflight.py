@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.annotated import read_annotated
+from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.objective.packing import row_packing
