@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from megatron_tspin.data.continuation import without_prefix
@@ -64,9 +63,10 @@ class HFTokenizer:
             )
         try:
             text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template raises whatever its expressions raise
             roles = [message["role"] for message in messages]
-            raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {error}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {reason}") from error
         return text
 
 

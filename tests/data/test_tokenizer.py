@@ -148,6 +148,17 @@ def test_chat_rendering(hf: Tokenizer, hf_folder_factory: Callable[..., Path], t
         refusing.render_chat([{"role": "system", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    "chat",
+    ["{{ messages[0].content + 1 }}", "{% if %}", [{"name": "rag", "template": "x"}]],
+    ids=["type", "syntax", "named"],
+)
+def test_a_chat_template_that_fails_is_named(hf_folder_factory: Callable[..., Path], tmp_path: Path, chat: Any) -> None:
+    folder = hf_folder_factory(tmp_path / "hf", chat=chat)
+    with pytest.raises(InputError, match=f"{folder}: the chat template refuses"):
+        load_tokenizer(str(folder)).render_chat([{"role": "user", "content": "x"}])
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_sentencepiece_ids_are_the_librarys(sp: Tokenizer, sentencepiece_model: Path, special: bool) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))

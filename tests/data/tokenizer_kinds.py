@@ -121,10 +121,10 @@ def sentencepiece_model(kind: str, **options: Any) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options}
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "vocab_size": 420, **options}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in CORPUS for line in text.split("\n")] * 8), model_writer=model,
-        vocab_size=420, byte_fallback=True, model_type=kind, hard_vocab_limit=False, minloglevel=2, **settings,
+        byte_fallback=True, model_type=kind, hard_vocab_limit=False, minloglevel=2, **settings,
     )  # fmt: skip
     return model.getvalue()
 
