@@ -91,10 +91,12 @@ class PromptTemplate:
 
     def _loses_space(self, prompt: str, response: str) -> bool:
         """Whether there is white space between the two that the tokenizer drops at the edge of a text."""
-        space = next((edge for edge in (prompt[-1:], response[:1]) if edge.isspace()), "")
+        return any(self._drops(edge) for edge in (prompt[-1:], response[:1]) if edge.isspace())
+
+    def _drops(self, space: str) -> bool:
         if space not in self._dropped:
             without, with_space = self._tokenizer.encode_batch(["a", f"a{space}"], add_special_tokens=False)
-            self._dropped[space] = bool(space) and without == with_space
+            self._dropped[space] = without == with_space
         return self._dropped[space]
 
 

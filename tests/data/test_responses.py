@@ -86,6 +86,9 @@ def test_no_space_comes_before_an_answer(tokenizer_of: Callable[[str], Tokenizer
         ("sentencepiece nfkc", PAPER_TEMPLATE, "Paris is", "### Instruction: is ### Response: Paris is"),
         ("sentencepiece nfkc", "{prompt}:", " Paris", "is: Paris"),
         ("sentencepiece nfkc", "{prompt} Respon", "se", "is Response"),
+        ("sentencepiece squeezed", PAPER_TEMPLATE, "Paris is", "### Instruction: is\n\n### Response: Paris is"),
+        ("sentencepiece squeezed", "{prompt}:\n", "Paris", "is:\nParis"),
+        ("sentencepiece squeezed", "{prompt}:\n", " Paris", "is:\n Paris"),
         ("bert", PAPER_TEMPLATE, "Paris is", "# # # instruction : is # # # response : paris is"),
     ],
 )

@@ -81,6 +81,18 @@ def test_a_changed_setting_tokenizes_again(config_of: ConfigOf, change: dict[str
     assert outputs(config)["train_prompt_document.json"] != before["train_prompt_document.json"]
 
 
+def test_documents_of_another_rule_for_responses_are_made_again(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(TRAIN)
+    monkeypatch.setattr("megatron_tspin.data.tokenization.RESPONSE_RULE", 1)
+    tokenize_run(config)
+    before = outputs(config)
+    monkeypatch.undo()
+    tokenize_run(config)
+    assert outputs(config)["train_annotated_document.json"] != before["train_annotated_document.json"]
+
+
 def test_changed_examples_tokenize_only_their_split_again(config_of: ConfigOf) -> None:
     tokenize_run(config_of(TRAIN, HELD_OUT))
     config = config_of(TRAIN, [line("six")])

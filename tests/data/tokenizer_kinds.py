@@ -145,6 +145,7 @@ LOSSLESS: dict[str, Callable[[], Tokenizer | bytes]] = {
 LOSSY: dict[str, Callable[[], Tokenizer | bytes]] = {
     "t5": t5,
     "bert": bert,
+    "sentencepiece squeezed": lambda: sentencepiece_model("bpe", remove_extra_whitespaces=True),
     "sentencepiece nfkc": lambda: sentencepiece_model(
         "unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
     ),
