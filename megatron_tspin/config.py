@@ -320,6 +320,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
+        training = self.training
+        if training.layout == "padded" and self.parallel.num_virtual_stages > 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs training.layout = packed")
+        if training.layout == "padded" and self.parallel.context_parallel_size > 1:
+            raise ValueError("context_parallel_size above 1 needs training.layout = packed")
+        if self.precision.fp8_param_gather and not self.parallel.use_distributed_optimizer:
+            raise ValueError("precision.fp8_param_gather needs parallel.use_distributed_optimizer")
+        return self
+
+    def check_batches(self) -> None:
+        """Raises ValueError if the batches of an optimizer step do not fit together."""
         training, data_parallel = self.training, self.parallel.data_parallel_size
         per_pass = training.micro_batch_size * data_parallel
         if training.layout == "padded" and training.global_batch_size % per_pass:
@@ -327,18 +338,14 @@ class Config(Section):
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
                 f"micro_batch_size x data_parallel_size ({training.micro_batch_size} x {data_parallel})"
             )
-        if training.layout == "padded" and self.parallel.num_virtual_stages > 1:
-            raise ValueError("virtual_pipeline_model_parallel_size needs training.layout = packed")
-        if training.layout == "padded" and self.parallel.context_parallel_size > 1:
-            raise ValueError("context_parallel_size above 1 needs training.layout = packed")
-        if self.precision.fp8_param_gather and not self.parallel.use_distributed_optimizer:
-            raise ValueError("precision.fp8_param_gather needs parallel.use_distributed_optimizer")
+
+    def check_generation(self) -> None:
+        """Raises ValueError if a sequence has no room for a prompt beside what is generated."""
         if self.generation.max_new_tokens >= self.data.seq_length:
             raise ValueError(
                 f"generation.max_new_tokens ({self.generation.max_new_tokens}) must be smaller than "
                 f"data.seq_length ({self.data.seq_length}), which has to hold the prompt too"
             )
-        return self
 
     @property
     def row_length_multiple(self) -> int:

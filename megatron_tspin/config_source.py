@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+
+
+_CHECKS = {"optimizer": Config.check_batches, "generation": Config.check_generation}
+"""Combinations that matter only to commands that read a section, by that section."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,14 @@ def overrides(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if name in names}
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
+def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[str] = ()) -> Config:
     """Reads a YAML file, applies flags and validates.
 
     Args:
         path: The YAML file; None starts from the defaults.
         flags: Settings by dotted name, stronger than the file.
+        unread: Sections, and required settings by dotted name, that the command never reads. Whatever is said about
+            them is left out: a section has its defaults, a setting is empty, and neither is refused.
 
     Raises:
         InputError: The file is missing or no YAML mapping, or settings are refused; all of them in one message.
@@ -125,11 +131,30 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> Config:
                 break  # refused below, as the file wrote it
         else:
             node[leaf] = value
+    for name in unread:
+        _leave_out(tree, name)
+    source = "the command line" if path is None else str(path)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
+        for section, check in _CHECKS.items():
+            if section not in unread:
+                check(config)
     except ValidationError as error:
-        source = "the command line" if path is None else str(path)
         raise InputError("\n".join(_explain(source, item) for item in error.errors())) from error
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+    return config
+
+
+def _leave_out(tree: dict[str, Any], name: str) -> None:
+    """Takes a section out of a tree of settings, or makes a required text setting empty."""
+    section, _, leaf = name.rpartition(".")
+    if name in Config.model_fields and not Config.model_fields[name].is_required():
+        tree.pop(name, None)
+        return
+    node = tree.setdefault(section, {}) if section else tree
+    if isinstance(node, dict):  # else refused as the file wrote it
+        node[leaf] = ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

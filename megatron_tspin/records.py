@@ -166,7 +166,7 @@ def read_records(path: Path, kind: type[RecordType]) -> Iterator[RecordType]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSONL file, blank lines skipped.
+    """Yields (line number from 1, object) of a JSONL file that this project wrote, blank lines skipped.
 
     Raises:
         InputError: The file is missing, or a line is not UTF-8 or not a JSON object; names file and line.

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from megatron_tspin.config import Config, OptimizerSection, ParallelSection, default_row_capacity
+from megatron_tspin.config import Config, GenerationSection, OptimizerSection, ParallelSection, default_row_capacity
 from megatron_tspin.config_source import add_flags, dump_config, load_config, overrides, settings
 from megatron_tspin.errors import InputError
 
@@ -128,6 +128,17 @@ def test_combinations(flags: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError) as caught:
         load_config(None, {**NEEDED, **flags})
     assert str(caught.value) == f"the command line: {expected}"
+
+
+@pytest.mark.parametrize("text", ["generation: 3\n", "generation: {max_new_tokens: -1, nonsense: 2}\n", "data: {}\n"])
+def test_what_a_command_never_reads_is_neither_demanded_nor_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{hf_checkpoint: hf}}\n{text}")
+    config = load_config(path, {"data.seq_length": 32}, unread=("run_dir", "data.annotated", "generation"))
+    assert (config.run_dir, config.data.annotated, config.data.seq_length) == ("", "", 32)
+    assert config.generation == GenerationSection()
+    with pytest.raises(InputError, match="`run_dir` is missing"):
+        load_config(path, {})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import argparse
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +50,17 @@ def add_config(parser: argparse.ArgumentParser, only: Iterable[str] | None = Non
     add_flags(parser, only)
 
 
-def config_of(args: argparse.Namespace) -> Config:
+def config_of(args: argparse.Namespace, unread: Collection[str] = ()) -> Config:
     """The config that `--config` and the flags describe.
+
+    Args:
+        args: The command line.
+        unread: What the command never reads, see `config_source.load_config`.
 
     Raises:
         InputError: It is refused.
     """
-    return load_config(args.config, overrides(args))
+    return load_config(args.config, overrides(args), unread)
 
 
 def layout_of(args: argparse.Namespace) -> ParallelSection:

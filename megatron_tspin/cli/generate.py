@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Sample one response to each prompt of a JSONL file.
 
-reads   the checkpoint --load and the examples --prompts
+reads   the checkpoint --load and the examples --prompts (`prompt`, or `messages`, of which the last user message is
+        answered, with all that comes before it, on each line)
 writes  OUTPUT/shard_*.jsonl: id, token ids, log-prob of each token, whether the response ended, text
 
 The same prompt, seed and iteration give the same response under every layout and batch size.
 
 example
   tspin generate --config runs/first/run.yaml --load runs/first/initial/checkpoint --prompts new.jsonl --output out"""
+
+_UNREAD = ("run_dir", "data.annotated", "objective", "optimizer", "self_play", "evaluation")
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -35,7 +38,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    config = config_of(args)
+    config = config_of(args, _UNREAD)
     enter_ranks(config.generation_layout())
     from megatron_tspin.generation.stages import generate_file
 

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Write the log-prob of each response of a JSONL file under a checkpoint.
 
-reads   the checkpoint --load and the examples --data (`prompt` and `response`, or `messages`, on each line)
+reads   the checkpoint --load and the examples --data (on each line `prompt` and `response`, or `messages`, of which
+        the first turn is scored, or `prompt_ids` and `response_ids`)
 writes  the file --output, one line an example: id, log_prob (sum over the response, EOS included), num_tokens
 
 example
   tspin score --config runs/first/run.yaml --load runs/first/initial/checkpoint --data new.jsonl --output out.jsonl"""
+
+_UNREAD = ("run_dir", "data.annotated", "objective", "optimizer", "generation", "self_play", "evaluation")
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -32,7 +35,7 @@ def add_parser(subparsers: "Subparsers") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    config = config_of(args)
+    config = config_of(args, _UNREAD)
     enter_ranks(config.parallel)
     from megatron_tspin.training.stages import score_file
 

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tspin.data.tokenizer import load_tokenizer
-from megatron_tspin.errors import InputError, ParityError
+from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.template import PLAIN_TEMPLATE, PromptTemplate
+from megatron_tspin.data.tokenizer_loading import load_tokenizer
+from megatron_tspin.data.user_examples import read_annotated
+from megatron_tspin.errors import ParityError
 from megatron_tspin.log import get_logger, track
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device
-from megatron_tspin.records import read_json_lines
 
 _SHOWN = 60
 _log = get_logger(__name__)
@@ -56,38 +58,28 @@ _SENTENCES = (
 
 
 def read_sentences(hf_checkpoint: Path, data: Path | None) -> list[Sentence]:
-    """Prompts and responses to compare on.
+    """Prompts and responses to compare on, as training encodes them but for the closing EOS.
 
     Args:
         hf_checkpoint: Its tokenizer encodes the text.
-        data: JSONL with `prompt` and `response`; None takes built-in sentences.
+        data: JSONL of annotated examples; None takes built-in sentences.
 
     Raises:
-        InputError: The file is empty or a line lacks either text; all such lines in one message.
+        InputError: The file is empty or lines cannot be used; all such lines in one message.
     """
-    texts = list(_SENTENCES) if data is None else _read_texts(data)
-    tokenizer = load_tokenizer(str(hf_checkpoint))
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=True)
-    responses = tokenizer.encode_batch([response for _, response in texts], add_special_tokens=False)
+    examples = _built_in() if data is None else read_annotated(data)
+    template = PromptTemplate(PLAIN_TEMPLATE, load_tokenizer(str(hf_checkpoint)))
     return [
-        Sentence(prompt + response, prompt_ids, response_ids)
-        for (prompt, response), prompt_ids, response_ids in zip(texts, prompts, responses, strict=True)
+        Sentence(example.prompt + example.response, prompt_ids, response_ids)
+        for example, prompt_ids, response_ids in zip(examples, *template.encode(examples, closed=False), strict=True)
     ]
 
 
-def _read_texts(data: Path) -> list[tuple[str, str]]:
-    texts, problems = [], []
-    for number, value in read_json_lines(data):
-        prompt, response = value.get("prompt"), value.get("response")
-        if isinstance(prompt, str) and isinstance(response, str) and prompt and response:
-            texts.append((prompt, response))
-        else:
-            problems.append(f"{data}:{number}: needs `prompt` and `response` as text")
-    if problems:
-        raise InputError("\n".join(problems))
-    if not texts:
-        raise InputError(f"{data}: no lines to compare on")
-    return texts
+def _built_in() -> list[Example]:
+    return [
+        Example(id=str(number), prompt=prompt, response=response, record={})
+        for number, (prompt, response) in enumerate(_SENTENCES)
+    ]
 
 
 def check_parity(

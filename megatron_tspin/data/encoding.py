@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import Example, line_numbers
-from megatron_tspin.data.problems import Problems
+from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.problems import Problems, listed
 from megatron_tspin.data.template import PromptTemplate
-from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.data.user_examples import line_numbers
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger, progress_bar
 
 _BATCH = 1024
-_MOST_IDS_LOGGED = 20
 
 logger = get_logger(__name__)
 
@@ -39,16 +38,16 @@ class Encoder:
 
     Args:
         config: The run's config.
-        template: Makes the prompt ids.
-        tokenizer: Encodes the responses.
+        template: Makes the ids.
+        eos_id: Closes a response.
     """
 
-    def __init__(self, config: Config, template: PromptTemplate, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, template: PromptTemplate, eos_id: int) -> None:
         self._seq_length = config.data.seq_length
         self._over_long = config.data.over_long
         self._max_new_tokens = config.generation.max_new_tokens
         self._template = template
-        self._tokenizer = tokenizer
+        self._eos_id = eos_id
 
     def encode(self, source: Path, split: str, examples: Sequence[Example]) -> EncodedExamples:
         """Encodes all examples of a split, with a progress bar.
@@ -61,7 +60,7 @@ class Encoder:
         with progress_bar(f"tokenize {split}", len(examples), "example") as bar:
             for start in range(0, len(examples), _BATCH):
                 batch = examples[start : start + _BATCH]
-                for index, ids in enumerate(zip(*self._ids(batch), strict=True), start):
+                for index, ids in enumerate(zip(*self._template.encode(batch), strict=True), start):
                     self._admit(outcome, index, examples[index], *ids)
                 bar.update(len(batch))
         outcome.raise_if_refused()
@@ -69,12 +68,6 @@ class Encoder:
         if not outcome.encoded.examples:
             raise InputError(f"{source}: no example fits into --seq-length {self._seq_length}; raise it")
         return outcome.encoded
-
-    def _ids(self, batch: Sequence[Example]) -> tuple[list[list[int]], list[list[int]]]:
-        prompts = self._template.prompt_ids(batch)
-        responses = self._tokenizer.encode_batch([example.response for example in batch], add_special_tokens=False)
-        eos = self._tokenizer.eos_id
-        return prompts, [ids if ids[-1:] == [eos] else [*ids, eos] for ids in responses]
 
     def _admit(self, outcome: "_Outcome", index: int, example: Example, prompt: list[int], response: list[int]) -> None:
         if not prompt:
@@ -92,7 +85,7 @@ class Encoder:
                 outcome.refuse(index, example, reason, len(prompt) + len(response))
             if self._over_long != "truncate":
                 return
-        if self._tokenizer.eos_id in response[:-1]:
+        if self._eos_id in response[:-1]:
             outcome.inner_eos.append(example.id)
         outcome.encoded.add(example, prompt, response[:room])
 
@@ -101,7 +94,7 @@ class Encoder:
             done = "dropped" if self._over_long == "drop" else "truncated the responses of"
             count = f"{len(outcome.unfit)} of {total}"
             logger.warning(
-                "%s: %s %s examples over %d tokens: %s", split, done, count, self._seq_length, _listed(outcome.unfit)
+                "%s: %s %s examples over %d tokens: %s", split, done, count, self._seq_length, listed(outcome.unfit)
             )
         if outcome.inner_eos:
             logger.warning(
@@ -109,7 +102,7 @@ class Encoder:
                 split,
                 len(outcome.inner_eos),
                 total,
-                _listed(outcome.inner_eos),
+                listed(outcome.inner_eos),
             )
 
 
@@ -147,7 +140,3 @@ class _Outcome:
                 "for annotated responses --over-long can also drop the example or truncate the response"
             )
         problems.raise_if_any(remedy)
-
-
-def _listed(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:_MOST_IDS_LOGGED]) + (", ..." if len(ids) > _MOST_IDS_LOGGED else "")

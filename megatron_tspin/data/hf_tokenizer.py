@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from megatron_tspin.data.continuation import without_prefix
 from megatron_tspin.data.tokenizer import resolve_eos
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_text
@@ -30,9 +30,8 @@ class HFTokenizer:
         self._backend = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may carry both, and either would change ids unseen
         self._backend.no_padding()
+        self._continuing = without_prefix(self._backend)
         self.eos_id = resolve_eos(self._tokenizer.eos_token_id, folder)
-        pad_id = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         parts = [json.loads(self._backend.to_str()), self.eos_id, self._tokenizer.chat_template]
         self.fingerprint = sha256_text(json.dumps(parts, sort_keys=True))
@@ -42,9 +41,13 @@ class HFTokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that go on from another one."""
+        return [encoding.ids for encoding in self._continuing.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and ids beyond the vocabulary left out."""
-        kept = [token for token in ids if token not in (self.eos_id, self.pad_id)]
+        kept = [token for token in ids if token != self.eos_id]  # which is not special if the checkpoint names it
         text: str = self._backend.decode(kept, skip_special_tokens=True)
         return text
 
@@ -60,9 +63,10 @@ class HFTokenizer:
             )
         try:
             text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template raises whatever its expressions raise
             roles = [message["role"] for message in messages]
-            raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {error}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {reason}") from error
         return text
 
 

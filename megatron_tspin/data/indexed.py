@@ -152,12 +152,11 @@ class Documents:
         return ids
 
 
-def open_documents(path_stem: Path, verify: bool = True) -> Documents:
-    """Opens documents and checks that they are what was written.
+def open_documents(path_stem: Path) -> Documents:
+    """Opens documents and checks that they are what was written; reads both files once.
 
     Args:
         path_stem: As given to `write_documents`.
-        verify: Read both files once to compare their SHA-256 and the largest id; otherwise only sizes and index.
 
     Raises:
         ArtifactError: A file is missing, torn, changed or of another data set; names path and both values.
@@ -168,10 +167,9 @@ def open_documents(path_stem: Path, verify: bool = True) -> Documents:
     index = idx_path.read_bytes()
     lengths = _parse_index(index, idx_path, sidecar)
     ids = np.memmap(bin_path, dtype=sidecar.dtype, mode="r")
-    if verify:
-        _expect(idx_path, "SHA-256", hashlib.sha256(index).hexdigest(), sidecar.idx_sha256)
-        _expect(bin_path, "SHA-256", sha256_file(bin_path), sidecar.bin_sha256)
-        _expect(bin_path, "largest id", int(ids.max()), sidecar.largest_id)
+    _expect(idx_path, "SHA-256", hashlib.sha256(index).hexdigest(), sidecar.idx_sha256)
+    _expect(bin_path, "SHA-256", sha256_file(bin_path), sidecar.bin_sha256)
+    _expect(bin_path, "largest id", int(ids.max()), sidecar.largest_id)
     return Documents(path_stem, sidecar, lengths, ids)
 
 

@@ -1,5 +1,7 @@
 """All that is wrong with an input, reported at once."""
 
+from collections.abc import Sequence
+
 from megatron_tspin.errors import InputError
 
 _MOST_SHOWN = 20
@@ -30,3 +32,9 @@ class Problems:
         if len(self._messages) > _MOST_SHOWN:
             lines.append(f"... and {len(self._messages) - _MOST_SHOWN} more")
         raise InputError("\n".join([*lines, remedy] if remedy else lines))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first twenty names in one line, and how many more there are."""
+    more = len(names) - _MOST_SHOWN
+    return ", ".join(names[:_MOST_SHOWN]) + (f", ... and {more} more" if more > 0 else "")

@@ -43,20 +43,19 @@ class RoleDocuments:
         return self._documents[role].lengths
 
 
-def open_role_documents(prompt_stem: Path, response_stems: Mapping[str, Path], verify: bool = True) -> RoleDocuments:
+def open_role_documents(prompt_stem: Path, response_stems: Mapping[str, Path]) -> RoleDocuments:
     """Opens the documents of several roles and checks that they belong together.
 
     Args:
         prompt_stem: Stem of the prompts, e.g. `run/data/train_prompt`.
         response_stems: Stem of the responses by role.
-        verify: As for `open_documents`.
 
     Raises:
         ArtifactError: A file is damaged, or the roles differ in their number of documents, their vocabulary,
             tokenizer, template or examples; names both files and both values.
     """
-    prompts = open_documents(prompt_stem, verify)
-    responses = {role: open_documents(stem, verify) for role, stem in response_stems.items()}
+    prompts = open_documents(prompt_stem)
+    responses = {role: open_documents(stem) for role, stem in response_stems.items()}
     for documents in responses.values():
         _check_pair(documents, prompts, "documents", len(documents), len(prompts))
         _check_pair(documents, prompts, "vocab_size", documents.vocab_size, prompts.vocab_size)

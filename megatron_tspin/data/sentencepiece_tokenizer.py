@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from megatron_tspin.data.continuation import without_dummy_prefix
 from megatron_tspin.data.tokenizer import resolve_eos
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_file, sha256_text
@@ -25,10 +26,10 @@ class SentencePieceTokenizer:
             self._processor = SentencePieceProcessor(model_file=str(model))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{model}: not a SentencePiece model: {' '.join(str(error).split())}") from error
+        model_bytes: bytes = self._processor.serialized_model_proto()
+        self._continuing = SentencePieceProcessor(model_proto=without_dummy_prefix(model_bytes))
         self._bos = _known(self._processor.bos_id())
         self.eos_id = resolve_eos(_known(self._processor.eos_id()), model.parent)
-        pad_id = _known(self._processor.pad_id())
-        self.pad_id = self.eos_id if pad_id is None else pad_id
         self.vocab_size = int(self._processor.get_piece_size())
         self.fingerprint = sha256_text(f"{sha256_file(model)} {self.eos_id}")
 
@@ -37,6 +38,11 @@ class SentencePieceTokenizer:
         start = [] if self._bos is None or not add_special_tokens else [self._bos]
         encoded: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=self._threads)
         return [start + ids for ids in encoded]
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that go on from another one."""
+        encoded: list[list[int]] = self._continuing.encode(list(texts), out_type=int, num_threads=self._threads)
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and ids beyond the vocabulary left out."""
@@ -56,7 +62,7 @@ class SentencePieceTokenizer:
         )
 
     def _is_special(self, token: int) -> bool:
-        return token in (self.eos_id, self.pad_id) or bool(self._processor.is_control(token))
+        return token == self.eos_id or bool(self._processor.is_control(token))
 
 
 def _known(identifier: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The one function that makes prompt ids, for training and for generation alike."""
+"""What a text becomes: the one place that makes prompt and response ids, for training, scoring and generation alike."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,14 @@ from megatron_tspin.data.annotated import Example
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.storage import sha256_text
 
-_PLACEHOLDER = "{prompt}"
+RESPONSE_RULE = 2
+"""Number of the rule by which a response becomes ids; documents made by another one are made again."""
+PLAIN_TEMPLATE = "{prompt}"
+"""The prompt with nothing around it."""
 
 
 class PromptTemplate:
-    """The text around a prompt, and how it becomes ids.
+    """The text around a prompt, and how prompts and responses become ids.
 
     Args:
         template: Text with `{prompt}` exactly once, or `chat` for the tokenizer's own chat template.
@@ -24,6 +27,7 @@ class PromptTemplate:
         self._tokenizer = tokenizer
         self._is_chat = template == CHAT_TEMPLATE
         self._drops_eos = not self._is_chat and _adds_eos(tokenizer)
+        self._dropped: dict[str, bool] = {}
         # The chat template is the tokenizer's and so part of its fingerprint.
         parts = [template, tokenizer.fingerprint] if self._is_chat else [template]
         self.fingerprint: str = sha256_text(json.dumps(parts))
@@ -35,7 +39,7 @@ class PromptTemplate:
             messages = example.messages or [{"role": "user", "content": example.prompt}]
             return self._tokenizer.render_chat(messages)
         # Not str.format: prompts and templates may hold any other braces.
-        before, _, after = self._template.partition(_PLACEHOLDER)
+        before, _, after = self._template.partition(PLAIN_TEMPLATE)
         return before + example.prompt + after
 
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
@@ -47,11 +51,53 @@ class PromptTemplate:
         Raises:
             InputError: The tokenizer has no chat template, or it refuses the messages.
         """
+        return self._ids_of_prompts([self.text(example) for example in examples])
+
+    def encode(self, examples: Sequence[Example], closed: bool = True) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of each prompt, as `prompt_ids` makes them, and of each response.
+
+        A response is encoded by itself, as text that goes on: without the space that some tokenizers put in front of
+        whatever they encode. So a prompt has the same ids as in generation, no token spans the boundary, and the two
+        decode to their joined text wherever the tokenizer loses nothing. A tokenizer that drops the spaces at the end
+        of a prompt has the space put in front in their place.
+
+        Args:
+            examples: Prompts with responses.
+            closed: Let EOS follow each response that does not end in it.
+
+        Raises:
+            InputError: The tokenizer has no chat template, or it refuses the messages.
+        """
         texts = [self.text(example) for example in examples]
+        responses = self._ids_of_responses(texts, [example.response for example in examples])
+        if closed:
+            eos = self._tokenizer.eos_id
+            responses = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in responses]
+        return self._ids_of_prompts(texts), responses
+
+    def _ids_of_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         prompts = self._tokenizer.encode_batch(texts, add_special_tokens=not self._is_chat)
         if not self._drops_eos:
             return prompts
         return [ids[:-1] if ids[-1:] == [self._tokenizer.eos_id] else ids for ids in prompts]
+
+    def _ids_of_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_continuations(responses)
+        after_lost = [i for i, pair in enumerate(zip(prompts, responses, strict=True)) if self._loses_space(*pair)]
+        again = self._tokenizer.encode_batch([responses[i] for i in after_lost], add_special_tokens=False)
+        for index, ids in zip(after_lost, again, strict=True):
+            encoded[index] = ids
+        return encoded
+
+    def _loses_space(self, prompt: str, response: str) -> bool:
+        """Whether there is white space between the two that the tokenizer drops at the edge of a text."""
+        return any(self._drops(edge) for edge in (prompt[-1:], response[:1]) if edge.isspace())
+
+    def _drops(self, space: str) -> bool:
+        if space not in self._dropped:
+            without, with_space = self._tokenizer.encode_batch(["a", f"a{space}"], add_special_tokens=False)
+            self._dropped[space] = without == with_space
+        return self._dropped[space]
 
 
 def _adds_eos(tokenizer: Tokenizer) -> bool:

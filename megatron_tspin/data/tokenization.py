@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import Example, read_annotated, write_examples
+from megatron_tspin.data.annotated import Example, write_examples
 from megatron_tspin.data.encoding import Encoder
 from megatron_tspin.data.indexed import open_documents, write_documents
-from megatron_tspin.data.template import PromptTemplate
-from megatron_tspin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tspin.data.template import RESPONSE_RULE, PromptTemplate
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.data.tokenizer_loading import load_tokenizer
+from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.data.vocabulary import check_vocabulary, model_vocab_size
 from megatron_tspin.errors import ArtifactError
 from megatron_tspin.log import get_logger
@@ -44,7 +46,7 @@ def tokenize_run(config: Config) -> None:
     _warn_of_overlap(examples)
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
-    encoder = Encoder(config, template, tokenizer)
+    encoder = Encoder(config, template, tokenizer.eos_id)
     facts = {split: _facts(config, split, path, template, tokenizer) for split, path in sources.items()}
     folder = RunFolder(Path(config.run_dir)).data
     stale = {split: path for split, path in sources.items() if not _is_current(folder, split, facts[split])}
@@ -66,6 +68,7 @@ def _facts(config: Config, split: str, source: Path, template: PromptTemplate, t
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "template_fingerprint": template.fingerprint,
         "eos_id": tokenizer.eos_id,
+        "response_rule": RESPONSE_RULE,
         "vocab_size": model_vocab_size(Path(config.model.hf_checkpoint)),
         "seq_length": config.data.seq_length,
         "max_new_tokens": config.generation.max_new_tokens,

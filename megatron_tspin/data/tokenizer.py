@@ -1,4 +1,4 @@
-"""What the project asks of a tokenizer, and how one is found on disk."""
+"""What the project asks of a tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,6 @@ class Tokenizer(Protocol):
 
     eos_id: int
     """Closes a response."""
-    pad_id: int
-    """Fills rows; the EOS if the tokenizer has no padding token. Padding is always masked."""
     vocab_size: int
     """Largest id + 1, added tokens included."""
     fingerprint: str
@@ -22,6 +20,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; `add_special_tokens` adds e.g. BOS as the tokenizer was made to."""
+        ...
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that go on from another one: no special tokens, and no space put in front."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -35,35 +37,6 @@ class Tokenizer(Protocol):
             InputError: There is no chat template, or it refuses the messages.
         """
         ...
-
-
-def load_tokenizer(path: str, threads: int = 1) -> Tokenizer:
-    """Loads an HF folder with `tokenizer.json`, or a SentencePiece model.
-
-    Nothing is downloaded and no code of the folder is run.
-
-    Args:
-        path: Folder with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
-        threads: Threads that encode a batch. For HF tokenizers the first one of a process decides.
-
-    Raises:
-        InputError: There is no tokenizer at `path`, it cannot be read, or nothing says which token ends a response.
-    """
-    location = Path(path)
-    if location.is_dir() and (location / "tokenizer.json").is_file():
-        from megatron_tspin.data.hf_tokenizer import HFTokenizer  # slow to import, and the driver needs none
-
-        return HFTokenizer(location, threads)
-    model = location / "tokenizer.model" if location.is_dir() else location
-    if model.is_file() and model.suffix == ".model":
-        from megatron_tspin.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(model, threads)
-    raise InputError(
-        f"{path}: no tokenizer found: expected a folder with tokenizer.json or tokenizer.model, or a SentencePiece "
-        "file named *.model. A folder with vocab.json and merges.txt gets its tokenizer.json from transformers: "
-        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-    )
 
 
 def resolve_eos(own: int | None, folder: Path) -> int:

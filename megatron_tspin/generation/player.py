@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_tspin.checkpoint.store import load_policy
 from megatron_tspin.config import Config, ParallelSection
+from megatron_tspin.data.problems import listed
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ class Player:
         long = [f"{prompt.id} ({len(prompt.ids)} tokens)" for prompt in prompts if len(prompt.ids) > room]
         if long:
             raise InputError(
-                f"{source}: prompts of more than seq_length - max_new_tokens = {room} tokens: {', '.join(long)}; "
+                f"{source}: prompts of more than seq_length - max_new_tokens = {room} tokens: {listed(long)}; "
                 f"raise --seq-length or lower --tspin-max-new-tokens"
             )
 

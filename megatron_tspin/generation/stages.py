@@ -4,22 +4,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_tspin.checkpoint.policies import policy_checkpoint
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import Example, read_examples
+from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.role_documents import binding_facts
+from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import evaluate_policy
 from megatron_tspin.generation.player import Player, load_player
 from megatron_tspin.generation.shards import Prompt
 from megatron_tspin.objective.roles import stored_roles
 from megatron_tspin.parallel import distributed
-from megatron_tspin.records import Response, RolloutSummary, read_json_lines
+from megatron_tspin.records import Response, RolloutSummary
 from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, shard_summary
 from megatron_tspin.storage import write_json, write_text
 
@@ -117,46 +117,13 @@ def generate_file(config: Config, load: Path, prompts: Path, output: Path, itera
     Args:
         config: Template, tokenizer, decoding and layout.
         load: The checkpoint that answers.
-        prompts: Lines with `prompt`, or `messages` up to the answer.
+        prompts: Lines with `prompt`, or `messages`, of which the last user message is answered.
         output: Folder for the shards.
         iteration: Part of the key of the randomness.
     """
-    examples = _read_prompts(prompts)
+    examples = read_prompts(prompts)
     with _player(config, load, iteration) as player:
         ids = player.template.prompt_ids(examples)
         wanted = [Prompt(example.id, prompt) for example, prompt in zip(examples, ids, strict=True)]
         player.check_lengths(wanted, prompts)
         player.answer(wanted, f"generate/{iteration}", output)
-
-
-def _read_prompts(path: Path) -> list[Example]:
-    """Prompts without answers."""
-    examples: list[Example] = []
-    problems: list[str] = []
-    line_of: dict[str, int] = {}
-    for number, value in read_json_lines(path):
-        messages = _before_answer(value.get("messages"))
-        prompt = "\n\n".join(message["content"] for message in messages) if messages else value.get("prompt")
-        identifier = str(value.get("id", number))
-        if not isinstance(prompt, str) or not prompt:
-            problems.append(f"{path}:{number}: needs `prompt` as text, or `messages` with `role` and `content`")
-        elif identifier in line_of:
-            problems.append(f"{path}:{number}: the id {identifier!r} is that of line {line_of[identifier]} too")
-        else:
-            line_of[identifier] = number
-            examples.append(Example(id=identifier, prompt=prompt, response="", messages=messages, record=value))
-    if problems or not examples:
-        raise InputError("\n".join(problems) or f"{path}: no prompts")
-    return examples
-
-
-def _before_answer(messages: Any) -> list[dict[str, str]] | None:
-    """The messages before the first one of the assistant, which is where training cuts too; None if there are none."""
-    found: list[dict[str, str]] = []
-    for message in messages if isinstance(messages, list) else []:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            return None
-        if message["role"] == "assistant":
-            break
-        found.append({"role": message["role"], "content": message["content"]})
-    return found or None

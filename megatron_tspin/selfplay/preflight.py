@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.annotated import read_annotated
+from megatron_tspin.data.tokenizer_loading import largest_token_id, tokenizer_file
+from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture, read_architecture
 from megatron_tspin.objective.packing import row_packing
@@ -105,9 +106,10 @@ def _check_tokenizer(config: Config) -> None:
     location = Path(config.model.tokenizer or config.model.hf_checkpoint)
     if not location.exists():
         raise InputError(f"{location}: no such tokenizer; model.tokenizer must be a folder or a SentencePiece model")
-    source, largest = _largest_id(location)
+    source = tokenizer_file(location)
+    largest = largest_token_id(source)
     if config.data.template == CHAT_TEMPLATE:
-        _check_chat_template(location)
+        _check_chat_template(source)
     if not (checkpoint / "config.json").is_file():
         return  # reported with the model
     architecture = read_json(checkpoint / "config.json")
@@ -119,42 +121,26 @@ def _check_tokenizer(config: Config) -> None:
         )
 
 
-def _largest_id(location: Path) -> tuple[Path, int]:
-    """The file that defines the tokenizer and the largest id in it."""
-    rules = location / "tokenizer.json"
-    if location.is_dir() and rules.is_file():
-        return rules, _largest_hf_id(rules)
-    model = location / "tokenizer.model" if location.is_dir() else location
-    if not model.is_file() or model.suffix != ".model":
-        raise InputError(f"{location}: no tokenizer found; expected tokenizer.json or tokenizer.model in a folder")
-    from sentencepiece import SentencePieceProcessor  # only for those who use it
-
-    try:
-        return model, int(SentencePieceProcessor(model_file=str(model)).get_piece_size()) - 1
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"{model}: not a SentencePiece model: {' '.join(str(error).split())}") from error
-
-
-def _largest_hf_id(path: Path) -> int:
-    rules = read_json(path)
-    try:
-        vocabulary = rules["model"]["vocab"]  # text -> id, or a list by id (Unigram)
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = [token["id"] for token in rules.get("added_tokens") or []]
-        return max(int(identifier) for identifier in (*ids, *added))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a tokenizer: no vocabulary under model.vocab") from error
-
-
-def _check_chat_template(location: Path) -> None:
-    folder = location if location.is_dir() else location.parent
+def _check_chat_template(source: Path) -> None:
+    """The tokenizer has a chat template; what it says is for transformers to find out."""
+    folder, settings = source.parent, source.with_name("tokenizer_config.json")
+    remedy = "set --template to a text with {prompt}"
+    if source.suffix == ".model":
+        raise InputError(f"{source}: data.template is `{CHAT_TEMPLATE}`, but SentencePiece models have none; {remedy}")
     if any((folder / name).is_file() for name in _CHAT_TEMPLATE_FILES):
         return
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file() or not read_json(settings).get("chat_template"):
+    found = read_json(settings).get("chat_template") if settings.is_file() else None
+    if not found:
         raise InputError(
-            f"{folder}: data.template is `{CHAT_TEMPLATE}`, but the tokenizer has no chat template; "
-            "set --template to a text with {prompt}"
+            f"{folder}: data.template is `{CHAT_TEMPLATE}`, but the tokenizer has no chat template; {remedy}"
+        )
+    if not isinstance(found, list):  # one text; a list has several, by name
+        return
+    names = [str(named.get("name")) for named in found if isinstance(named, dict)]
+    if "default" not in names:
+        raise InputError(
+            f"{settings}: data.template is `{CHAT_TEMPLATE}`, but of the chat templates {', '.join(names)} none is "
+            f"`default`; {remedy}"
         )
 
 

@@ -121,6 +121,10 @@ def test_examples_in_the_help_are_valid_command_lines(command: str) -> None:
 
 def test_stage_commands_call_their_functions(calls: Calls, world: Path, run_yaml: str) -> None:
     config = Config.model_validate(tree_of(world))
+    scored, answered = ({**tree_of(world, run_dir="", data__annotated=""), "evaluation": {}} for _ in range(2))
+    del scored["generation"]
+    for tree in (scored, answered):
+        del tree["self_play"]
     config_flag = ["--config", run_yaml]
     here = Path
     for argv, expected in [
@@ -135,11 +139,11 @@ def test_stage_commands_call_their_functions(calls: Calls, world: Path, run_yaml
         ),
         (
             ["score", *config_flag, "--load", "a", "--data", "b", "--output", "c"],
-            ("score_file", (config, here("a"), here("b"), here("c"))),
+            ("score_file", (Config.model_validate(scored), here("a"), here("b"), here("c"))),
         ),
         (
             ["generate", *config_flag, "--load", "a", "--prompts", "b", "--output", "c"],
-            ("generate_file", (config, here("a"), here("b"), here("c"), 0)),
+            ("generate_file", (Config.model_validate(answered), here("a"), here("b"), here("c"), 0)),
         ),
         (
             ["evaluate", *config_flag, "--load", "a", "--iteration", "3", "--output", "c"],
@@ -185,6 +189,30 @@ def test_bad_input_is_one_line_and_exit_2(argv: list[str], words: str, capsys: p
     errors = capsys.readouterr().err
     assert words in errors and "Traceback" not in errors
     assert all(line.startswith("tspin: error: ") for line in errors.splitlines())
+
+
+def test_score_asks_only_for_what_it_reads(calls: Calls, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "score.yaml"
+    path.write_text(
+        "model: {hf_checkpoint: hf}\ndata: {seq_length: 32}\ngeneration: {temperature: -1}\nevaluation: 3\n"
+        "training: {layout: padded, global_batch_size: 10}\n"
+    )
+    files = ["--config", str(path), "--load", "a"]
+    assert main(["score", *files, "--data", "b", "--output", "c"]) == 0
+    name, (config, *_) = calls.last or ("", (None,))
+    assert name == "score_file" and (config.model.hf_checkpoint, config.data.seq_length) == ("hf", 32)
+    path.write_text("data: {template: chat}\n")
+    assert main(["score", *files, "--data", "b", "--output", "c"]) == 2
+    assert "`model` is missing" in capsys.readouterr().err
+
+
+def test_generate_asks_only_for_what_it_reads(calls: Calls, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world / "generate.yaml"
+    path.write_text("model: {hf_checkpoint: hf}\noptimizer: {lr: fast}\n")
+    argv = ["generate", "--config", str(path), "--load", "a", "--prompts", "b", "--output", "c"]
+    assert main(argv) == 0
+    assert main([*argv, "--tspin-max-new-tokens", "2048"]) == 2
+    assert f"{path}: generation.max_new_tokens (2048) must be smaller" in capsys.readouterr().err
 
 
 def test_flags_of_a_run_and_of_a_checkpoint_do_not_mix(calls: Calls, run_yaml: str) -> None:

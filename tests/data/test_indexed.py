@@ -185,14 +185,6 @@ def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, data
         open_documents(stem)
 
 
-def test_without_verify_only_the_structure_is_checked(stem: Path) -> None:
-    poke("bin", 3, b"\x01")(stem)
-    assert len(open_documents(stem, verify=False)) == NUM
-    truncate("bin", 12)(stem)
-    with pytest.raises(ArtifactError):
-        open_documents(stem, verify=False)
-
-
 def test_the_sidecar_holds_what_was_promised(stem: Path) -> None:
     sidecar = read_sidecar(stem)
     assert (sidecar.documents, sidecar.tokens, sidecar.dtype, sidecar.largest_id) == (4, 7, "uint16", 70)

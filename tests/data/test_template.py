@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from megatron_tspin.config import PAPER_TEMPLATE
 from megatron_tspin.data.annotated import Example
 from megatron_tspin.data.template import PromptTemplate
-from megatron_tspin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.data.tokenizer_loading import load_tokenizer
 
 PROMPT = "Say {prompt} and {0} and {x!r} and %s"
 

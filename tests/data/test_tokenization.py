@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import read_annotated, read_examples
+from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import Documents, file_of, open_documents
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer, tokenize_run
+from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.run_folder import RunFolder, document_stem, examples_path
 
@@ -77,6 +78,18 @@ def test_a_changed_setting_tokenizes_again(config_of: ConfigOf, change: dict[str
     before = outputs(config)
     tokenize_run(config)
     assert outputs(config)["train_prompt_document.json"] != before["train_prompt_document.json"]
+
+
+def test_documents_of_another_rule_for_responses_are_made_again(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(TRAIN)
+    monkeypatch.setattr("megatron_tspin.data.tokenization.RESPONSE_RULE", 1)
+    tokenize_run(config)
+    before = outputs(config)
+    monkeypatch.undo()
+    tokenize_run(config)
+    assert outputs(config)["train_annotated_document.json"] != before["train_annotated_document.json"]
 
 
 def test_changed_examples_tokenize_only_their_split_again(config_of: ConfigOf) -> None:

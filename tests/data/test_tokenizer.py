@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_tspin.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.data.tokenizer_loading import load_tokenizer
 from megatron_tspin.data.vocabulary import check_vocabulary, model_vocab_size
 from megatron_tspin.errors import InputError
 
@@ -58,7 +59,6 @@ def test_hf_text_survives_the_round_trip(hf: Tokenizer, text: str) -> None:
 def test_hf_special_ids_and_size(hf: Tokenizer, hf_folder: Path) -> None:
     vocabulary = json.loads((hf_folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert hf.eos_id == vocabulary["</s>"]
-    assert hf.pad_id == vocabulary["<pad>"]  # named only in the padding section of tokenizer.json
     assert hf.vocab_size == max(vocabulary.values()) + 1
 
 
@@ -148,11 +148,22 @@ def test_chat_rendering(hf: Tokenizer, hf_folder_factory: Callable[..., Path], t
         refusing.render_chat([{"role": "system", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    "chat",
+    ["{{ messages[0].content + 1 }}", "{% if %}", [{"name": "rag", "template": "x"}]],
+    ids=["type", "syntax", "named"],
+)
+def test_a_chat_template_that_fails_is_named(hf_folder_factory: Callable[..., Path], tmp_path: Path, chat: Any) -> None:
+    folder = hf_folder_factory(tmp_path / "hf", chat=chat)
+    with pytest.raises(InputError, match=f"{folder}: the chat template refuses"):
+        load_tokenizer(str(folder)).render_chat([{"role": "user", "content": "x"}])
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_sentencepiece_ids_are_the_librarys(sp: Tokenizer, sentencepiece_model: Path, special: bool) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     assert sp.encode_batch(TEXTS, special) == [oracle.encode(text, add_bos=special) for text in TEXTS]
-    assert (sp.eos_id, sp.pad_id, sp.vocab_size) == (oracle.eos_id(), oracle.eos_id(), len(oracle))
+    assert (sp.eos_id, sp.vocab_size) == (oracle.eos_id(), len(oracle))
 
 
 def test_sentencepiece_decodes_and_ignores_special_and_unknown_ids(sp: Tokenizer) -> None:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, models
+
 from megatron_tspin.config import Config
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import Stage
@@ -50,10 +52,9 @@ def write_world(tmp_path: Path) -> Path:
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(ARCHITECTURE))
     vocabulary = {text: number for number, text in enumerate(["<pad>", "<eos>", "a", "b", "c"])}
-    added = [{"id": 5, "content": "<x>"}]
-    (checkpoint / "tokenizer.json").write_text(
-        json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": added})
-    )
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
     write_safetensors(checkpoint / "model.safetensors", {"model.embed_tokens.weight": [6, 8], "model.norm.weight": [8]})
     lines = [json.dumps({"prompt": f"question {number}", "response": "answer"}) for number in range(3)]
     for name in ("train", "held_out"):

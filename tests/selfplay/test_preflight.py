@@ -11,6 +11,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import disk_space
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.weights import count_parameters
+from tests.data.tokenizer_kinds import sentencepiece_model
 from tests.selfplay.fake_world import write_safetensors
 
 ConfigOf = Callable[..., Config]
@@ -71,6 +72,24 @@ def test_a_chat_template_may_be_in_either_place(world: Path, config_of: ConfigOf
     preflight(config_of(data__template="chat"))
 
 
+def test_named_chat_templates_need_a_default(world: Path, config_of: ConfigOf) -> None:
+    settings = world / "base" / "tokenizer_config.json"
+    named = [{"name": name, "template": "x"} for name in ("rag", "tool_use")]
+    settings.write_text(json.dumps({"chat_template": named}))
+    (line,) = refused(config_of(data__template="chat"))
+    assert line.startswith(f"{settings}: ") and "rag, tool_use" in line and "--template" in line
+    settings.write_text(json.dumps({"chat_template": [*named, {"name": "default", "template": "x"}]}))
+    preflight(config_of(data__template="chat"))
+
+
+def test_a_sentencepiece_model_has_no_chat_template(world: Path, config_of: ConfigOf) -> None:
+    (world / "base" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    model = world / "x.model"
+    model.write_bytes(sentencepiece_model("bpe"))
+    lines = refused(config_of(data__template="chat", model__tokenizer=str(model)))
+    assert any(line.startswith(f"{model}: ") and "--template" in line for line in lines)
+
+
 def test_a_scorer_may_be_imported_or_assigned(world: Path, config_of: ConfigOf) -> None:
     for text in ("from json import loads as score", "score = len", "class score:\n    pass"):
         (world / "scorer.py").write_text(text)
@@ -102,7 +121,7 @@ def test_a_broken_hf_config(world: Path, config_of: ConfigOf) -> None:
 
 
 def test_unigram_vocabularies_are_lists(world: Path, config_of: ConfigOf) -> None:
-    rules = {"model": {"type": "Unigram", "vocab": [["a", 0.0]] * 7}}
+    rules = {"model": {"type": "Unigram", "vocab": [[f"a{i}", 0.0] for i in range(7)]}}
     (world / "base" / "tokenizer.json").write_text(json.dumps(rules))
     assert any("largest token id is 6" in line for line in refused(config_of()))
 

@@ -24,12 +24,19 @@ def test_text_and_ids_in_one_file(tiny_checkpoint: Any, tmp_path: Path) -> None:
             {"prompt_ids": [5, 6], "response_ids": [7]},
             {"id": "named", "prompt": "a", "response": "bc"},
             {"id": 9, "prompt_ids": [5], "response_ids": [7, 100]},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<eos>"}]},
         ],
     )
     ids, pairs = read_scoring_input(config, data, 101)
     code = {character: 3 + ord(character) - 32 for character in "<a>bc"}
-    assert ids == ["1", "named", "9"]
-    assert pairs == [([5, 6], [7]), ([code["<"], code["a"], code[">"]], [code["b"], code["c"], 1]), ([5], [7, 100])]
+    prompt = [code["<"], code["a"], code[">"]]
+    assert ids == ["1", "named", "9", "4"]
+    assert pairs == [
+        ([5, 6], [7]),
+        (prompt, [code["b"], code["c"], 1]),
+        ([5], [7, 100]),
+        (prompt, [code["b"], 1]),  # as training has it: an EOS that is there is not doubled
+    ]
 
 
 def test_bad_lines_come_at_once(tiny_checkpoint: Any, tmp_path: Path) -> None:
@@ -47,7 +54,8 @@ def test_bad_lines_come_at_once(tiny_checkpoint: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_scoring_input(make_config(tiny_checkpoint("tied")), data, 101)
     assert str(caught.value).splitlines() == [
-        f"{data}:1: needs `response` as text, or `prompt_ids` and `response_ids` as lists of token ids",
+        f"{data}:1: `response` is missing; a line needs `prompt` and `response`, or `messages`, or `prompt_ids` and "
+        "`response_ids`",
         f"{data}:2: `response_ids` must be a list of one or more token ids",
         f"{data}:3: `response_ids` holds ids outside the vocabulary of 101 tokens",
         f"{data}:4: `prompt_ids` holds ids outside the vocabulary of 101 tokens",
@@ -57,5 +65,5 @@ def test_bad_lines_come_at_once(tiny_checkpoint: Any, tmp_path: Path) -> None:
 
 def test_an_empty_file(tiny_checkpoint: Any, tmp_path: Path) -> None:
     data = lines(tmp_path / "d.jsonl", [])
-    with pytest.raises(InputError, match="no lines to score"):
+    with pytest.raises(InputError, match="no examples; expected"):
         read_scoring_input(make_config(tiny_checkpoint("tied")), data, 101)

@@ -1,0 +1,81 @@
+"""How a tokenizer is found on disk."""
+
+from pathlib import Path
+
+from megatron_tspin.data.tokenizer import Tokenizer
+from megatron_tspin.errors import InputError
+
+_HF_FILE = "tokenizer.json"
+
+
+def load_tokenizer(path: str, threads: int = 1) -> Tokenizer:
+    """Loads an HF folder with `tokenizer.json`, or a SentencePiece model.
+
+    Nothing is downloaded and no code of the folder is run.
+
+    Args:
+        path: Folder with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
+        threads: Threads that encode a batch. For HF tokenizers the first one of a process decides.
+
+    Raises:
+        InputError: There is no tokenizer at `path`, it cannot be read, or nothing says which token ends a response.
+    """
+    file = tokenizer_file(Path(path))
+    if file.name == _HF_FILE:
+        from megatron_tspin.data.hf_tokenizer import HFTokenizer  # slow to import, and the driver needs none
+
+        return HFTokenizer(file.parent, threads)
+    from megatron_tspin.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(file, threads)
+
+
+def tokenizer_file(location: Path) -> Path:
+    """The file that defines a tokenizer: `tokenizer.json`, or a SentencePiece model.
+
+    Args:
+        location: A folder, or a SentencePiece `.model` file.
+
+    Raises:
+        InputError: There is none.
+    """
+    if location.is_dir() and (location / _HF_FILE).is_file():
+        return location / _HF_FILE
+    model = location / "tokenizer.model" if location.is_dir() else location
+    if model.is_file() and model.suffix == ".model":
+        return model
+    raise InputError(
+        f"{location}: no tokenizer found: expected a folder with tokenizer.json or tokenizer.model, or a SentencePiece "
+        "file named *.model. A folder with vocab.json and merges.txt gets its tokenizer.json from transformers: "
+        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    )
+
+
+def largest_token_id(file: Path) -> int:
+    """The largest id of a tokenizer's file, added tokens included; imports neither torch nor transformers.
+
+    Args:
+        file: As `tokenizer_file` found it.
+
+    Raises:
+        InputError: Its library cannot read it.
+    """
+    return _largest_hf_id(file) if file.name == _HF_FILE else _largest_sentencepiece_id(file)
+
+
+def _largest_hf_id(file: Path) -> int:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return max(Backend.from_file(str(file)).get_vocab(with_added_tokens=True).values())
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{file}: not a tokenizer: {' '.join(str(error).split())}") from error
+
+
+def _largest_sentencepiece_id(file: Path) -> int:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return int(SentencePieceProcessor(model_file=str(file)).get_piece_size()) - 1
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{file}: not a SentencePiece model: {' '.join(str(error).split())}") from error
