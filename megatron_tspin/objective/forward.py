@@ -127,7 +127,7 @@ def _sums(
     values |= {f"tokens_{role}": batch.lengths[:, i] for i, role in enumerate(batch.roles)}
     for name, of_roles in zip(("entropy", "top"), diagnostics, strict=False):
         values |= {f"{name}_{role}": of_roles[:, i] for i, role in enumerate(batch.roles)}
-    scale = objective.spin_lambda if objective.method == "spin" else objective.alpha
+    scale = objective.margin_scale
     if losses.current_margin is not None:
         values["current_advantage"] = losses.current_margin / scale
         values["current_margin"] = losses.current_margin

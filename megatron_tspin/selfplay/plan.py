@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.objective.roles import has_reference, stored_roles
 from megatron_tspin.run_folder import RunFolder
-
-_PROTO_METHODS = ("tspin", "tspin_ref")
-_REFERENCE_METHODS = ("spin", "tspin_ref")
 
 
 @dataclass(frozen=True)
@@ -87,16 +85,16 @@ def _convert(config: Config) -> Stage:
 
 
 def _rollout(config: Config, iteration: int) -> Stage:
-    folder, method = _folder(config), config.objective.method
+    folder, roles = _folder(config), stored_roles(config.objective.method)
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt")]
     outputs: list[Path] = []
     if config.data.held_out is not None:
         inputs += [folder.data / "held_out.jsonl", *_documents(folder, "held_out_prompt", "held_out_annotated")]
         inputs += scorer_file(config)
         outputs.append(folder.evaluation(iteration))
-    if method in _PROTO_METHODS and iteration == 0:
+    if "proto" in roles and iteration == 0:
         outputs += [folder.proto, *_documents(folder, "train_proto")]
-    if method != "sft" and iteration < config.self_play.iterations:
+    if "synthetic" in roles and iteration < config.self_play.iterations:
         outputs += [folder.synthetic(iteration), folder.iteration(iteration) / "train_synthetic_document.json"]
     return Stage(
         name=f"rollout_{iteration:03d}",
@@ -108,14 +106,14 @@ def _rollout(config: Config, iteration: int) -> Stage:
 
 
 def _train(config: Config, iteration: int) -> Stage:
-    folder, method = _folder(config), config.objective.method
+    folder, roles = _folder(config), stored_roles(config.objective.method)
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt", "train_annotated")]
     outputs = [folder.metrics(iteration), folder.checkpoints(iteration)]
-    if method != "sft":
+    if "synthetic" in roles:
         inputs.append(folder.iteration(iteration) / "train_synthetic_document.json")
-    if method in _PROTO_METHODS:
+    if "proto" in roles:
         inputs += _documents(folder, "train_proto")
-    if method in _REFERENCE_METHODS:
+    if has_reference(config.objective.method):
         outputs.append(folder.reference(iteration))
     if config.precision.rescores:
         outputs.append(folder.precision(iteration))

@@ -45,8 +45,8 @@ class TripletSource:
         costs = None
         if config.training.data_order == "balanced":
             work = work_model(read_architecture(Path(config.model.hf_checkpoint)))
-            shares = packing is not None and packing.share_prompts
-            costs = [work.training(shape, shares) for shape in self._shapes]
+            # Of shared prompts whatever the rows: the order of the data must not depend on how rows are laid out.
+            costs = [work.training(shape, share_prompts=True) for shape in self._shapes]
         self._key = (config.seed, iteration)
         self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration, costs)
         self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)
