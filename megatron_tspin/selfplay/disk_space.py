@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.batch_order import steps_per_iteration
+from megatron_tspin.data.steps import steps_per_iteration
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.selfplay.weights import count_parameters

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
-from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples, steps_per_iteration
+from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples
 from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.paths import TRAIN, document_stem, examples_path
 from megatron_tspin.data.role_documents import PROMPT, open_role_documents
+from megatron_tspin.data.steps import steps_per_iteration
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.batches import Triplet
