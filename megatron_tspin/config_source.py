@@ -102,12 +102,13 @@ def _without_none(annotation: Any) -> Any:
 
 def add_assignments(parser: argparse.ArgumentParser) -> None:
     """Adds `--set`, which reaches every setting, whether it has a flag or not."""
+    fine = ", ".join(f"{item.name} [{item.field.default}]" for item in settings() if item.flag is None)
     parser.add_argument(
         "--set",
         dest=_ASSIGNMENTS,
         action="append",
         metavar="SECTION.KEY=VALUE",
-        help="any setting of the config, also those without a flag; VALUE is YAML; may be given several times",
+        help=f"any setting of the config, VALUE as in the file; may be repeated; those without a flag are {fine}",
     )
 
 

@@ -49,7 +49,7 @@ def superfluous_policies(config: Config, latest: int) -> list[int]:
         return list(older)
     folder = RunFolder(Path(config.run_dir))
     qualities = {policy: _quality(folder.evaluation(policy)) for policy in range(1, latest + 1)}
-    best = max(qualities, key=lambda policy: (qualities[policy], policy))
+    best = max(qualities, key=qualities.__getitem__)  # the first one of equals, which stays it whatever follows
     return [policy for policy in older if policy != best]
 
 

@@ -79,7 +79,7 @@ def test_the_last_ones_and_the_best_are_kept(
 
 
 @pytest.mark.parametrize(
-    ("sampled", "greedy", "best"), [(SAMPLED, GREEDY, 2), (None, GREEDY, 3), (None, None, 1), ([0.5] * 6, GREEDY, 5)]
+    ("sampled", "greedy", "best"), [(SAMPLED, GREEDY, 2), (None, GREEDY, 3), (None, None, 1), ([0.5] * 6, GREEDY, 1)]
 )
 def test_the_best_is_judged_by_accuracy_or_else_by_likelihood(
     sampled: list[float] | None, greedy: list[float] | None, best: int, config_of: ConfigOf
