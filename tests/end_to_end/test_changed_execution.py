@@ -39,6 +39,8 @@ def test_a_run_is_continued_in_another_way(runs: Runs, base_run: Path, tmp_path:
         for changes, kill in (({}, IN_ROLLOUT), (OTHER_BATCHES, IN_TRAINING)):
             write_config(config, tree_of(runs.folder, run_dir, **changes))
             kill_once(kill, config, run_dir, processes, tmp_path / "paused", log)
+        kept = {path.name for path in (run_dir / "iteration_000/checkpoint").iterdir()}
+        assert kept == {"step_00000002", "step_00000003", "step_00000004.partial"}, "the latest two"
     finally:
         processes.kill_all()
     write_config(config, tree_of(runs.folder, run_dir, **OTHER_LAYOUT))

@@ -209,7 +209,7 @@ def test_disk_space_follows_the_retention(
 def test_a_row_has_to_hold_any_triplet_of_the_run(
     config_of: ConfigOf, capacity: int | None, over: str, share: bool, fits: bool
 ) -> None:
-    """A row that turned out too short after the first rollout would end the run: settings are fixed by then."""
+    """A row that turned out too short would stop the run after its first rollout."""
     rows = {"row_capacity": capacity, "over_capacity": over, "share_prompts": share}
     settings = {f"training__{name}": value for name, value in rows.items()}
     config = config_of(data__seq_length=32, generation__max_new_tokens=16, **settings)
