@@ -129,13 +129,15 @@ def read_marker(path: Path) -> dict[str, Any]:
         ArtifactError: It is none, or one of an earlier version of this project.
     """
     marker = read_json(path)
-    if not isinstance(marker, dict) or not isinstance(marker.get("inputs"), dict):
+    if not isinstance(marker, dict) or not all(isinstance(marker.get(name), dict) for name in ("inputs", "outputs")):
         raise ArtifactError(f"{path}: not a marker of this project; remove it to run the stage again")
     if missing := _FIELDS - set(marker):
         raise ArtifactError(
             f"{path}: has no {', '.join(sorted(missing))}, as markers of earlier versions; finish the run with the "
             "version that began it, or start again with another --run-dir"
         )
+    if not isinstance(marker["released"], list):
+        raise ArtifactError(f"{path}: `released` must be a list of paths, found {marker['released']!r}; it was altered")
     return marker
 
 

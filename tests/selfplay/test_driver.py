@@ -171,7 +171,9 @@ def test_a_hand_edited_run_config_is_refused(fake: FakeRun, config_of: Callable[
 def test_a_broken_marker_is_refused(fake: FakeRun) -> None:
     fake.go()
     marker = fake.run_dir / "stages" / "convert.json"
-    for text in ("{", "[]", '{"stage": "convert"}', '{"inputs": 1, "outputs": {}, "config": ""}'):
+    whole = json.loads(marker.read_text())
+    others = [{**whole, name: 1} for name in ("inputs", "outputs", "released")]
+    for text in ("{", "[]", '{"stage": "convert"}', *map(json.dumps, others)):
         marker.write_text(text)
         with pytest.raises(InputError, match=r"convert\.json"):
             fake.go()
