@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.config_section import Section, setting
+from megatron_tspin.config_section import Section, execution, report, result, setting
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 CHAT_TEMPLATE = "chat"
@@ -25,8 +25,8 @@ Method = Literal["tspin", "spin", "tspin_ref", "sft"]
 class ModelSection(Section):
     """The initial policy."""
 
-    hf_checkpoint: str = setting(..., "--hf-checkpoint", "Folder of the HF checkpoint (config.json, *.safetensors).")
-    tokenizer: str | None = setting(
+    hf_checkpoint: str = result(..., "--hf-checkpoint", "Folder of the HF checkpoint (config.json, *.safetensors).")
+    tokenizer: str | None = result(
         None, "--tokenizer-model", "Folder with tokenizer.json, or a SentencePiece model. Default: the checkpoint."
     )
 
@@ -34,16 +34,16 @@ class ModelSection(Section):
 class DataSection(Section):
     """The annotated answers."""
 
-    annotated: str = setting(..., "--annotated", "JSONL with `prompt` and `response`, or `messages`, on each line.")
-    held_out: str | None = setting(None, "--held-out", "JSONL of held-out examples, evaluated after each iteration.")
-    template: str = setting(
+    annotated: str = result(..., "--annotated", "JSONL with `prompt` and `response`, or `messages`, on each line.")
+    held_out: str | None = result(None, "--held-out", "JSONL of held-out examples, evaluated after each iteration.")
+    template: str = result(
         PAPER_TEMPLATE, "--template", "Text around `{prompt}`, or `chat` for the tokenizer's own chat template."
     )
-    seq_length: int = setting(2048, "--seq-length", "Most tokens of a prompt and one response together.", ge=8)
-    over_long: Literal["refuse", "drop", "truncate"] = setting(
+    seq_length: int = result(2048, "--seq-length", "Most tokens of a prompt and one response together.", ge=8)
+    over_long: Literal["refuse", "drop", "truncate"] = result(
         "refuse", "--over-long", "What to do with an annotated response that does not fit into --seq-length."
     )
-    tokenizer_threads: int = setting(2, "--tokenizer-threads", "Threads that tokenize.", ge=1)
+    tokenizer_threads: int = execution(2, "--tokenizer-threads", "Threads that tokenize.", ge=1)
 
     @model_validator(mode="after")
     def _template_has_one_prompt(self) -> "DataSection":
@@ -55,17 +55,17 @@ class DataSection(Section):
 class ObjectiveSection(Section):
     """What a step minimises (paper, equations 1, 3, 7 and 9)."""
 
-    method: Method = setting("tspin", "--tspin-method", "Objective of the run.")
-    link: Literal["logistic", "exponential"] = setting(
+    method: Method = result("tspin", "--tspin-method", "Objective of the run.")
+    link: Literal["logistic", "exponential"] = result(
         "logistic", "--tspin-link", "l(x): log(1 + exp(-x)), the paper's, or exp(-x)."
     )
-    alpha: float = setting(1.0, "--tspin-alpha", "Scale of the log-prob advantages (tspin, tspin_ref).", gt=0)
-    beta: float = setting(0.1, "--tspin-beta", "Weight of the historical advantage (tspin, tspin_ref).", ge=0)
-    first_iteration_beta: float = setting(
+    alpha: float = result(1.0, "--tspin-alpha", "Scale of the log-prob advantages (tspin, tspin_ref).", gt=0)
+    beta: float = result(0.1, "--tspin-beta", "Weight of the historical advantage (tspin, tspin_ref).", ge=0)
+    first_iteration_beta: float = result(
         0.0, "--tspin-first-iteration-beta", "beta of iteration 0, where y' and y0 come from the same policy.", ge=0
     )
-    spin_lambda: float = setting(0.1, "--tspin-spin-lambda", "Scale of the log-ratio margin (spin).", gt=0)
-    nll_weight: float = setting(
+    spin_lambda: float = result(0.1, "--tspin-spin-lambda", "Scale of the log-ratio margin (spin).", gt=0)
+    nll_weight: float = result(
         0.0, "--tspin-nll-weight", "Weight of an extra -log pi(y) per annotated token; not part of the paper.", ge=0
     )
 
@@ -78,28 +78,26 @@ class ObjectiveSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its learning-rate schedule, restarted in every self-play iteration."""
 
-    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "--optimizer", "rmsprop (the paper's) or adam (AdamW).")
-    lr: float = setting(5e-7, "--lr", "Peak learning rate.", gt=0)
-    lr_by_iteration: list[float] = setting(
+    optimizer: Literal["rmsprop", "adam"] = result("rmsprop", "--optimizer", "rmsprop (the paper's) or adam (AdamW).")
+    lr: float = result(5e-7, "--lr", "Peak learning rate.", gt=0)
+    lr_by_iteration: list[float] = result(
         [],
         "--tspin-lr-by-iteration",
         "Peak learning rate of iteration 0, 1, ... (the last one repeats); overrides --lr.",
     )
-    min_lr: float = setting(0.0, "--min-lr", "Learning rate at the end of the decay.", ge=0)
-    lr_decay_style: Literal["linear", "cosine", "constant"] = setting(
+    min_lr: float = result(0.0, "--min-lr", "Learning rate at the end of the decay.", ge=0)
+    lr_decay_style: Literal["linear", "cosine", "constant"] = result(
         "linear", "--lr-decay-style", "Shape of the decay."
     )
-    lr_warmup_fraction: float = setting(
+    lr_warmup_fraction: float = result(
         0.1, "--lr-warmup-fraction", "Share of an iteration's steps with a rising learning rate.", ge=0, lt=1
     )
-    weight_decay: float = setting(0.0, "--weight-decay", "Decoupled weight decay; norms have none.", ge=0)
-    clip_grad: float = setting(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.", ge=0)
-    rmsprop_smoothing: float = setting(
-        0.99, "--tspin-rmsprop-smoothing", "Decay of RMSProp's mean square (torch's `alpha`).", gt=0, lt=1
-    )
-    adam_beta1: float = setting(0.9, "--adam-beta1", "AdamW's first moment decay.", ge=0, lt=1)
-    adam_beta2: float = setting(0.95, "--adam-beta2", "AdamW's second moment decay.", ge=0, lt=1)
-    eps: float = setting(1e-8, "--adam-eps", "Added to the root of the mean square.", gt=0)
+    weight_decay: float = result(0.0, "--weight-decay", "Decoupled weight decay; norms have none.", ge=0)
+    clip_grad: float = result(1.0, "--clip-grad", "Largest global gradient norm; 0 does not clip.", ge=0)
+    rmsprop_smoothing: float = result(0.99, None, "Decay of RMSProp's mean square (torch's `alpha`).", gt=0, lt=1)
+    adam_beta1: float = result(0.9, "--adam-beta1", "AdamW's first moment decay.", ge=0, lt=1)
+    adam_beta2: float = result(0.95, "--adam-beta2", "AdamW's second moment decay.", ge=0, lt=1)
+    eps: float = result(1e-8, "--adam-eps", "Added to the root of the mean square.", gt=0)
 
     @model_validator(mode="after")
     def _learning_rates_fall(self) -> "OptimizerSection":
@@ -120,96 +118,102 @@ class OptimizerSection(Section):
 class TrainingSection(Section):
     """One self-play iteration of training. Batch sizes count triplets."""
 
-    micro_batch_size: int = setting(
+    micro_batch_size: int = execution(
         4,
         "--micro-batch-size",
         "Triplets in one forward pass of one replica with padded rows; with packed rows it only sets how long a row "
         "may be, see --tspin-row-capacity.",
         ge=1,
     )
-    global_batch_size: int = setting(64, "--global-batch-size", "Triplets in one optimizer step.", ge=1)
-    epochs: int = setting(1, "--tspin-epochs", "Passes over the triplets in one self-play iteration.", ge=1)
-    train_iters: int | None = setting(
+    global_batch_size: int = result(64, "--global-batch-size", "Triplets in one optimizer step.", ge=1)
+    epochs: int = result(1, "--tspin-epochs", "Passes over the triplets in one self-play iteration.", ge=1)
+    train_iters: int | None = result(
         None, "--train-iters", "Optimizer steps of one self-play iteration; overrides --tspin-epochs.", ge=1
     )
-    save_interval: int | None = setting(
+    save_interval: int | None = execution(
         None, "--save-interval", "Steps between checkpoints inside an iteration. Default: only at its end.", ge=1
     )
-    recompute_granularity: Literal["full", "selective"] | None = setting(
+    keep_checkpoints: int = execution(
+        2,
+        "--tspin-keep-checkpoints",
+        "Checkpoints inside an iteration that are kept, the latest first; 0 keeps all until the iteration ends.",
+        ge=0,
+    )
+    recompute_granularity: Literal["full", "selective"] | None = execution(
         None, "--recompute-granularity", "Recompute activations in backward: whole layers, or attention only."
     )
-    layout: Literal["packed", "padded"] = setting(
+    layout: Literal["packed", "padded"] = execution(
         "packed",
         "--tspin-layout",
         "packed: whole triplets side by side in one long row a micro-batch; padded: a row a response, the reference.",
     )
-    share_prompts: bool = setting(
+    share_prompts: bool = execution(
         True, "--tspin-share-prompts", "Packed rows: a prompt goes through the policy once for all its responses."
     )
-    row_capacity: int | None = setting(
+    row_capacity: int | None = execution(
         None,
         "--tspin-row-capacity",
         "Most tokens of a packed row, and so of a forward pass. Default: --seq-length times --micro-batch-size, and at "
         "least times 3, which holds any triplet; where that is short, up to 2048 or what a padded micro-batch has.",
         ge=8,
     )
-    over_capacity: Literal["refuse", "truncate"] = setting(
+    over_capacity: Literal["refuse", "truncate"] = result(
         "refuse",
         "--tspin-over-capacity",
         "What to do with a triplet that is longer than a packed row: stop, or cut its longest responses.",
     )
-    packed_attention: Literal["auto", "segments", "flex", "thd", "dense"] = setting(
+    packed_attention: Literal["auto", "segments", "flex", "thd", "dense"] = execution(
         "auto",
         "--tspin-packed-attention",
         "Attention over packed rows: segments (CPU), flex (FlexAttention on CUDA), thd (Transformer Engine's, where "
         "prompts are not shared), dense (a full mask, the reference); auto takes the device's own.",
     )
-    data_order: Literal["balanced", "shuffled"] = setting(
+    data_order: Literal["balanced", "shuffled"] = result(
         "balanced",
         "--tspin-data-order",
         "balanced: every global batch has triplets of all lengths, drawn at random among alike ones; shuffled: at "
         "random from all.",
     )
-    diagnostics: bool = setting(
+    diagnostics: bool = report(
         False, "--tspin-diagnostics", "Also measure entropy and top-1 agreement of the responses at every step."
     )
-    tensorboard: bool = setting(True, "--tspin-tensorboard", "Write TensorBoard events beside metrics.jsonl.")
+    tensorboard: bool = report(True, "--tspin-tensorboard", "Write TensorBoard events beside metrics.jsonl.")
 
 
 class ParallelSection(Section):
     """Layout of the ranks that train. The number of processes is TP x CP x PP x DP."""
 
-    tensor_model_parallel_size: int = setting(
+    tensor_model_parallel_size: int = execution(
         1, "--tensor-model-parallel-size", "TP: ranks that split each layer.", ge=1
     )
-    pipeline_model_parallel_size: int = setting(
+    pipeline_model_parallel_size: int = execution(
         1, "--pipeline-model-parallel-size", "PP: ranks that split the stack of layers.", ge=1
     )
-    virtual_pipeline_model_parallel_size: int | None = setting(
+    virtual_pipeline_model_parallel_size: int | None = execution(
         None,
         "--num-virtual-stages-per-pipeline-rank",
         "Groups of layers on each PP rank, passed through in turn, for a smaller pipeline bubble.",
         ge=2,
     )
-    data_parallel_size: int = setting(1, "--tspin-data-parallel-size", "DP: replicas of the policy.", ge=1)
-    context_parallel_size: int = setting(
+    data_parallel_size: int = execution(1, "--tspin-data-parallel-size", "DP: replicas of the policy.", ge=1)
+    context_parallel_size: int = execution(
         1, "--context-parallel-size", "CP: ranks that share each packed row, for long answers.", ge=1
     )
-    sequence_parallel: bool = setting(
+    sequence_parallel: bool = execution(
         False, "--sequence-parallel", "Split norms and dropout over TP along the sequence."
     )
-    use_distributed_optimizer: bool = setting(
+    use_distributed_optimizer: bool = execution(
         False, "--use-distributed-optimizer", "Shard the optimizer's state over DP."
     )
-    overlap_grad_reduce: bool = setting(
+    overlap_grad_reduce: bool = execution(
         False, "--overlap-grad-reduce", "Reduce gradients over DP while backward still runs."
     )
-    overlap_param_gather: bool = setting(
+    overlap_param_gather: bool = execution(
         False,
         "--overlap-param-gather",
         "Gather updated parameters while forward already runs (distributed optimizer).",
     )
-    cpu_threads: int = setting(1, "--tspin-cpu-threads", "Threads of each rank on a machine without CUDA.", ge=1)
+    cpu_threads: int = execution(1, "--tspin-cpu-threads", "Threads of each rank on a machine without CUDA.", ge=1)
 
     @property
     def world_size(self) -> int:
@@ -257,19 +261,19 @@ class ParallelSection(Section):
 class GenerationSection(Section):
     """How the policy answers the prompts."""
 
-    temperature: float = setting(1.0, "--tspin-temperature", "Divides the logits; 0 is greedy.", ge=0)
-    top_p: float = setting(1.0, "--tspin-top-p", "Smallest set of tokens with this probability.", gt=0, le=1)
-    top_k: int = setting(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
-    max_new_tokens: int = setting(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
-    batch_size: int = setting(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
-    shard_size: int = setting(256, "--tspin-shard-size", "Prompts in one resumable output file.", ge=1)
-    tensor_model_parallel_size: int | None = setting(
+    temperature: float = result(1.0, "--tspin-temperature", "Divides the logits; 0 is greedy.", ge=0)
+    top_p: float = result(1.0, "--tspin-top-p", "Smallest set of tokens with this probability.", gt=0, le=1)
+    top_k: int = result(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
+    max_new_tokens: int = result(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
+    batch_size: int = execution(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
+    shard_size: int = execution(256, None, "Prompts in one resumable output file.", ge=1)
+    tensor_model_parallel_size: int | None = execution(
         None, "--tspin-generation-tensor-model-parallel-size", "TP of generation. Default: training's.", ge=1
     )
-    pipeline_model_parallel_size: int | None = setting(
+    pipeline_model_parallel_size: int | None = execution(
         None, "--tspin-generation-pipeline-model-parallel-size", "PP of generation. Default: training's.", ge=1
     )
-    data_parallel_size: int | None = setting(
+    data_parallel_size: int | None = execution(
         None, "--tspin-generation-data-parallel-size", "DP of generation. Default: training's.", ge=1
     )
 
@@ -277,19 +281,28 @@ class GenerationSection(Section):
 class SelfPlaySection(Section):
     """The outer loop (Algorithm 1)."""
 
-    iterations: int = setting(5, "--tspin-iterations", "Self-play iterations.", ge=1)
+    iterations: int = setting(
+        5, "--tspin-iterations", "Self-play iterations; a run may be given more later.", affects="extent", ge=1
+    )
+    keep_policies: int = execution(
+        2,
+        "--tspin-keep-policies",
+        "Policies that are kept, the latest first, beside the initial one and the best on the held-out examples; "
+        "0 keeps all.",
+        ge=0,
+    )
 
 
 class EvaluationSection(Section):
     """What is measured on the held-out examples before the first and after each iteration."""
 
-    scorer: str | None = setting(
+    scorer: str | None = result(
         None,
         "--tspin-scorer",
         "`path/to/file.py:function` or `package.module:function`, called with (record, response), returning 0..1.",
     )
-    greedy: bool = setting(True, "--tspin-evaluate-greedy", "Score the most probable answers.")
-    sampled: bool = setting(True, "--tspin-evaluate-sampled", "Score answers sampled with the generation settings.")
+    greedy: bool = result(True, "--tspin-evaluate-greedy", "Score the most probable answers.")
+    sampled: bool = result(True, "--tspin-evaluate-sampled", "Score answers sampled with the generation settings.")
 
 
 def default_row_capacity(micro_batch_size: int, seq_length: int) -> int:
@@ -305,8 +318,8 @@ def default_row_capacity(micro_batch_size: int, seq_length: int) -> int:
 class Config(Section):
     """A whole run."""
 
-    run_dir: str = setting(..., "--run-dir", "Folder of the run; a run that was interrupted continues from it.")
-    seed: int = setting(1234, "--seed", "Seed of the data order and of every sampled response.", ge=0)
+    run_dir: str = execution(..., "--run-dir", "Folder of the run; a run that was interrupted continues from it.")
+    seed: int = result(1234, "--seed", "Seed of the data order and of every sampled response.", ge=0)
     model: ModelSection
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from megatron_tspin.config_section import Section, setting
+from megatron_tspin.config_section import Section, report, result
 
 _IMPLEMENTED_BY = {
     "rowwise": "local",
@@ -17,49 +17,49 @@ _IMPLEMENTED_BY = {
 class PrecisionSection(Section):
     """Number formats of training. Master weights, gradient sums, log-probs and the loss are fp32 in all of them."""
 
-    bf16: bool = setting(False, "--bf16", "Compute in bfloat16 with fp32 master weights; otherwise fp32.")
-    transformer_impl: Literal["local", "transformer_engine"] = setting(
+    bf16: bool = result(False, "--bf16", "Compute in bfloat16 with fp32 master weights; otherwise fp32.")
+    transformer_impl: Literal["local", "transformer_engine"] = result(
         "local",
         "--transformer-impl",
         "Linear layers and norms: local (torch; FP8 through torch._scaled_mm, also on a CPU) or transformer_engine.",
     )
-    fp8: Literal["e4m3", "hybrid"] | None = setting(
+    fp8: Literal["e4m3", "hybrid"] | None = result(
         None,
         "--fp8-format",
         "Linear layers of the decoder in FP8: e4m3 throughout, or hybrid with e5m2 output gradients. Needs --bf16.",
     )
-    fp8_recipe: Literal["tensorwise", "rowwise", "delayed", "blockwise", "mxfp8"] = setting(
+    fp8_recipe: Literal["tensorwise", "rowwise", "delayed", "blockwise", "mxfp8"] = result(
         "tensorwise",
         "--fp8-recipe",
         "Where FP8 scales come from: a tensor's own largest value (tensorwise), a row's or column's (rowwise, local "
         "only), earlier steps (delayed), 128 x 128 blocks (blockwise), 32 values (mxfp8, Blackwell); the last three "
         "with Transformer Engine only.",
     )
-    fp8_margin: int = setting(0, "--fp8-margin", "Scales leave 2 to this power of headroom.", ge=0, le=6)
-    fp8_amax_history_len: int = setting(1024, "--fp8-amax-history-len", "Steps that delayed scaling remembers.", ge=1)
-    fp8_amax_compute_algo: Literal["max", "most_recent"] = setting(
+    fp8_margin: int = result(0, "--fp8-margin", "Scales leave 2 to this power of headroom.", ge=0, le=6)
+    fp8_amax_history_len: int = result(1024, "--fp8-amax-history-len", "Steps that delayed scaling remembers.", ge=1)
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = result(
         "max", "--fp8-amax-compute-algo", "What delayed scaling takes of them."
     )
-    num_layers_at_start_in_bf16: int = setting(
+    num_layers_at_start_in_bf16: int = result(
         0, "--num-layers-at-start-in-bf16", "First layers that stay out of FP8; the head always does.", ge=0
     )
-    num_layers_at_end_in_bf16: int = setting(
+    num_layers_at_end_in_bf16: int = result(
         0, "--num-layers-at-end-in-bf16", "Last layers that stay out of FP8; the head always does.", ge=0
     )
-    fp8_param_gather: bool = setting(
+    fp8_param_gather: bool = result(
         False,
         "--fp8-param-gather",
         "Keep and gather the parameters in FP8 (Transformer Engine, distributed optimizer).",
     )
-    rescored_prompts: int = setting(
+    rescored_prompts: int = report(
         64,
         "--tspin-rescored-prompts",
         "Prompts rescored in fp32 when an iteration starts, to measure what bf16 or FP8 does to log-probs; 0: none.",
         ge=0,
     )
-    noise_warning: float = setting(
+    noise_warning: float = report(
         0.1,
-        "--tspin-noise-warning",
+        None,
         "The report warns where the typical error of a margin is over this share of the median margin.",
         gt=0,
     )

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_tspin.config import Config
-from megatron_tspin.config_section import Section
+from megatron_tspin.config_section import Affects, Section
 from megatron_tspin.errors import InputError
 
 
@@ -29,6 +29,8 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+_ASSIGNMENTS = "assignments"
+
 
 _CHECKS = {"optimizer": Config.check_batches, "generation": Config.check_generation}
 """Combinations that matter only to commands that read a section, by that section."""
@@ -40,6 +42,7 @@ class Setting:
 
     path: tuple[str, ...]
     flag: str | None
+    affects: Affects
     field: FieldInfo
 
     @property
@@ -55,7 +58,7 @@ def settings(section: type[Section] = Config, prefix: tuple[str, ...] = ()) -> I
             yield from settings(field.annotation, (*prefix, name))
         else:
             extra = typing.cast(dict[str, Any], field.json_schema_extra)
-            yield Setting((*prefix, name), extra["flag"], field)
+            yield Setting((*prefix, name), extra["flag"], extra["affects"], field)
 
 
 def add_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
@@ -101,10 +104,45 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
+def add_assignments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--set`, which reaches every setting, whether it has a flag or not."""
+    fine = ", ".join(f"{item.name} [{item.field.default}]" for item in settings() if item.flag is None)
+    parser.add_argument(
+        "--set",
+        dest=_ASSIGNMENTS,
+        action="append",
+        metavar="SECTION.KEY=VALUE",
+        help=f"any setting of the config, VALUE as in the file; may be repeated; those without a flag are {fine}",
+    )
+
+
 def overrides(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags, by dotted name."""
+    """The settings given on the command line, as flags or with `--set`, by dotted name.
+
+    Raises:
+        InputError: A `--set` names no setting or is not YAML, or a setting is given twice.
+    """
     names = {item.name for item in settings()}
-    return {name: value for name, value in vars(namespace).items() if name in names}
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    for text in getattr(namespace, _ASSIGNMENTS, None) or ():
+        name, value = _assignment(text, names)
+        if name in given:
+            raise InputError(f"--set {text}: {name} is given twice on the command line; leave one of them out")
+        given[name] = value
+    return given
+
+
+def _assignment(text: str, names: Iterable[str]) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals:
+        raise InputError(f"--set {text}: expected SECTION.KEY=VALUE, such as optimizer.lr=1e-6")
+    if name not in names:
+        raise InputError(f"--set {text}: {_unknown(name)}")
+    try:
+        return name, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[str] = ()) -> Config:
@@ -112,7 +150,7 @@ def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[
 
     Args:
         path: The YAML file; None starts from the defaults.
-        flags: Settings by dotted name, stronger than the file.
+        flags: Settings of the command line by dotted name, stronger than the file.
         unread: Sections, and required settings by dotted name, that the command never reads. Whatever is said about
             them is left out: a section has its defaults, a setting is empty, and neither is refused.
 
@@ -174,15 +212,10 @@ def _explain(source: str, item: Any) -> str:
     """One line for one refused setting."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = [leaf.name for leaf in settings()]
-        if len(item["loc"]) == 1 and name in known:
+        if len(item["loc"]) == 1 and name in {leaf.name for leaf in settings()}:
             section, _, leaf = name.partition(".")
             return f"{source}: unknown setting `{name}`; write `{section}:` and below it, indented, `{leaf}:`"
-        close = difflib.get_close_matches(name, known, n=1) or [
-            leaf for leaf in known if leaf.endswith("." + name.split(".")[-1])
-        ]
-        hint = f"; did you mean `{close[0]}`?" if close else "; see `tspin run --help` for all settings"
-        return f"{source}: unknown setting `{name}`{hint}"
+        return f"{source}: {_unknown(name)}"
     if item["type"] == "missing":
         required = [leaf for leaf in settings() if leaf.field.is_required()]
         flags = [leaf.flag for leaf in required if leaf.flag and (leaf.name == name or leaf.path[0] == name)]
@@ -191,6 +224,16 @@ def _explain(source: str, item: Any) -> str:
     if not name or item["type"] == "value_error":
         return f"{source}: {name + ': ' if name else ''}{message}"
     return f"{source}: `{name}` = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(name: str) -> str:
+    """Says that a dotted name is no setting, and which one may have been meant."""
+    known = [leaf.name for leaf in settings()]
+    close = difflib.get_close_matches(name, known, n=1) or [
+        leaf for leaf in known if leaf.endswith("." + name.split(".")[-1])
+    ]
+    hint = f"; did you mean `{close[0]}`?" if close else "; see `tspin run --help` for all settings"
+    return f"unknown setting `{name}`{hint}"
 
 
 def dump_config(config: Config) -> str:

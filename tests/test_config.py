@@ -1,6 +1,7 @@
 """The config: files and flags, what is refused and how, and that writing it out loses nothing."""
 
 import argparse
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from megatron_tspin.config import Config, GenerationSection, OptimizerSection, ParallelSection, default_row_capacity
-from megatron_tspin.config_source import add_flags, dump_config, load_config, overrides, settings
+from megatron_tspin.config_section import Affects, setting
+from megatron_tspin.config_source import add_assignments, add_flags, dump_config, load_config, overrides, settings
 from megatron_tspin.errors import InputError
 
 NEEDED = {"run_dir": "run", "model.hf_checkpoint": "hf", "data.annotated": "a.jsonl"}
@@ -198,10 +200,62 @@ def test_writing_out_loses_nothing(
     assert load_config(path, {}) == config
 
 
-def test_every_setting_has_a_flag_of_its_own() -> None:
-    flags = [item.flag for item in settings()]
-    assert None not in flags and len(set(flags)) == len(flags)
+def test_every_flag_is_one_settings() -> None:
+    flags = [item.flag for item in settings() if item.flag is not None]
+    assert len(set(flags)) == len(flags)
     assert all(item.field.description for item in settings())
+
+
+def test_every_setting_says_what_it_affects() -> None:
+    kinds = {item.name: item.affects for item in settings()}
+    assert set(kinds.values()) == set(typing.get_args(Affects))
+    assert [name for name, kind in kinds.items() if kind == "extent"] == ["self_play.iterations"]
+    for section, kind in (("optimizer", "result"), ("objective", "result"), ("parallel", "execution")):
+        assert {kinds[name] for name in kinds if name.startswith(f"{section}.")} == {kind}
+    with pytest.raises(TypeError, match="affects"):
+        setting(1, "--x", "Does not say it.")  # type: ignore[call-arg]
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    add_assignments(parser)
+    return overrides(parser.parse_args(arguments))
+
+
+def test_set_reaches_every_setting() -> None:
+    """Also those without a flag, and values that no flag can give: none, and an empty list."""
+    config = load_config(
+        None,
+        parsed(
+            "--set", "run_dir=r", "--set", "model.hf_checkpoint=h", "--set", "data.annotated=a=b.jsonl",
+            "--set", "generation.shard_size=3", "--set", "optimizer.lr=1e-6", "--set", "optimizer.lr_by_iteration=[]",
+            "--set", "training.save_interval=null", "--set", 'data.template="### {prompt}"', "--bf16",
+        ),
+    )  # fmt: skip
+    assert (config.data.annotated, config.data.template) == ("a=b.jsonl", "### {prompt}")
+    assert (config.generation.shard_size, config.optimizer.lr, config.training.save_interval) == (3, 1e-6, None)
+    assert config.precision.bf16
+    for item in settings():
+        assert parsed("--set", f"{item.name}=1") == {item.name: 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "optimizer.lrr=1"), "--set optimizer.lrr=1: unknown setting `optimizer.lrr`; did you mean `optimi"),
+        (("--set", "seq_length=1"), "unknown setting `seq_length`; did you mean `data.seq_length`?"),
+        (("--set", "optimizer={lr: 1}"), "unknown setting `optimizer`"),
+        (("--set", "optimizer.lr"), "--set optimizer.lr: expected SECTION.KEY=VALUE"),
+        (("--set", "optimizer.lr=["), "--set optimizer.lr=[: the value is not valid YAML"),
+        (("--lr", "1e-6", "--set", "optimizer.lr=1e-6"), "optimizer.lr is given twice on the command line"),
+        (("--set", "seed=1", "--set", "seed=2"), "--set seed=2: seed is given twice on the command line"),
+    ],
+)
+def test_refused_assignments(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(*arguments)
+    assert message in str(caught.value)
 
 
 def test_flags_parse_to_the_types_of_the_settings() -> None:

@@ -18,5 +18,8 @@ def policy_checkpoint(folder: RunFolder, policy: int) -> Path:
     checkpoints = folder.checkpoints(policy - 1)
     found: Path | None = latest_checkpoint(checkpoints)
     if found is None:
-        raise ArtifactError(f"{checkpoints}: no whole checkpoint; `tspin run` with the same config makes it again")
+        raise ArtifactError(
+            f"{checkpoints}: no whole checkpoint; unless the run released it (--tspin-keep-policies), `tspin run` with "
+            "the same config makes it again"
+        )
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_tspin.config import Config, ParallelSection
-from megatron_tspin.config_source import add_flags, load_config, overrides, settings
+from megatron_tspin.config_source import add_assignments, add_flags, load_config, overrides, settings
 from megatron_tspin.errors import EXIT_CODE_HELP, InputError
 
 if TYPE_CHECKING:
@@ -39,14 +39,18 @@ def command_parser(subparsers: "Subparsers", name: str, summary: str, descriptio
 
 
 def add_config(parser: argparse.ArgumentParser, only: Iterable[str] | None = None, required: bool = True) -> None:
-    """Adds `--config` and the flags of the named sections, which override it; see `config_source.add_flags`."""
+    """Adds `--config`, `--set` and the flags of the named sections, which override it.
+
+    See `config_source.add_flags`.
+    """
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
         required=required,
-        help="YAML file with the settings, e.g. the run.yaml of a run; the flags below override it",
+        help="YAML file with the settings, e.g. the run.yaml of a run; --set and the flags below override it",
     )
+    add_assignments(parser)
     add_flags(parser, only)
 
 
@@ -71,7 +75,9 @@ def layout_of(args: argparse.Namespace) -> ParallelSection:
     """
     given: dict[str, Any] = overrides(args)
     flags = {item.name: item.flag for item in settings()}
-    foreign = [str(flags[name]) for name in given if not name.startswith((_PARALLEL, "model.hf_checkpoint"))]
+    foreign = [
+        flags[name] or f"--set {name}" for name in given if not name.startswith((_PARALLEL, "model.hf_checkpoint"))
+    ]
     if foreign:
         raise InputError(f"{', '.join(foreign)}: only used together with --config")
     try:
@@ -93,7 +99,8 @@ def require(args: argparse.Namespace, **flags: str) -> None:
     Raises:
         InputError: Names every flag that is absent.
     """
-    absent = [flag for name, flag in flags.items() if getattr(args, name.replace("__", "."), None) is None]
+    given = {**vars(args), **overrides(args)}
+    absent = [flag for name, flag in flags.items() if given.get(name.replace("__", ".")) is None]
     if absent:
         raise InputError(f"without --config this command needs {' and '.join(absent)}")
 

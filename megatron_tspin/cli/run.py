@@ -17,7 +17,8 @@ writes  --run-dir: run.yaml, token documents, sampled responses, checkpoints, me
         iteration, the final policy as an HF checkpoint in export/hf, and report.html
 stages  tokenize, convert, then rollout and train in turn, export, report; each in processes of its own
 
-Whatever interrupts it, the same command continues the run. Other settings need another --run-dir.
+Whatever interrupts it, the same command continues the run. Settings that affect its results need another --run-dir;
+layout, batch sizes, recompute and the like may change whenever it is continued, and --tspin-iterations may be raised.
 
 example
   tspin run --config run.yaml --run-dir runs/first --hf-checkpoint models/base --annotated train.jsonl --dry-run"""

@@ -5,17 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-
-def steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
-    """Optimizer steps of one pass; the last one may have fewer triplets."""
-    return -(-num_examples // global_batch_size)
-
-
-def steps_per_iteration(num_examples: int, global_batch_size: int, epochs: int, train_iters: int | None) -> int:
-    """Optimizer steps of one self-play iteration; `train_iters` overrides the number of epochs."""
-    if train_iters is not None:
-        return train_iters
-    return epochs * steps_per_epoch(num_examples, global_batch_size)
+from megatron_tspin.data.steps import steps_per_epoch
 
 
 def sample_examples(num_examples: int, count: int, seed: int, iteration: int) -> list[int]:

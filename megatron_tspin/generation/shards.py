@@ -1,13 +1,14 @@
 """Answers to many prompts as shard files, so that an interrupted generation redoes only the shard it was in.
 
-A shard holds a fixed range of the prompts and is always generated in the same batches, so its bytes do not depend on
-which replica made it, nor on when. Shards are spread over DP.
+A shard holds a fixed range of the prompts and is generated in the same batches whichever replica makes it. Its ids
+depend on neither batches nor layout, so these may change when a folder is continued; its shard size does not. Shards
+are spread over DP.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,25 @@ class Request:
         return [self.prompts[i : i + self.shard_size] for i in range(0, len(self.prompts), self.shard_size)]
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the shards."""
+        """Everything that decides the answers, and how they are spread over the shards."""
         decoding = vars(self.decoding)
-        return {**self.facts, **decoding, "seed": self.seed, "purpose": self.purpose,
-                "batch_size": self.batch_size, "shard_size": self.shard_size,
+        return {**self.facts, **decoding, "seed": self.seed, "purpose": self.purpose, "shard_size": self.shard_size,
                 "prompts": len(self.prompts), "prompts_sha256": self._fingerprint()}  # fmt: skip
+
+    def continued_in(self, folder: Path) -> "Request":
+        """The request with the shard size that a folder was begun with, if it was.
+
+        Raises:
+            ArtifactError: The folder's `settings.json` has none.
+        """
+        path = folder / "settings.json"
+        if not path.is_file():
+            return self
+        before = read_json(path)
+        size = before.get("shard_size") if isinstance(before, dict) else None
+        if not isinstance(size, int) or size < 1:
+            raise ArtifactError(f"{path}: not the settings of generated shards; remove the folder {folder}")
+        return replace(self, shard_size=size)
 
     def _fingerprint(self) -> str:
         """Hex SHA-256 of the ids and tokens of all prompts."""
@@ -80,14 +95,19 @@ def generate_shards(
 ) -> list[Response]:
     """Generates the shards that are not there yet; returns all answers in the order of the prompts, on every rank.
 
+    A folder that was begun with another shard size is finished with that one.
+
     Raises:
         ArtifactError: The folder holds answers that were made with other settings, or a torn shard.
     """
+    wanted_size, request = request.shard_size, request.continued_in(folder)
     shards = request.shards()
     pending = [number for number in range(len(shards)) if not shard_path(folder, number).is_file()]
     dist.barrier()  # every rank has looked before any rank writes
     if topology.speaks:
         _bind(folder, request.settings())
+        if request.shard_size != wanted_size:
+            _log.info("%s: was begun with %d prompts a shard and keeps that", folder, request.shard_size)
     mine = pending[topology.dp_rank :: topology.dp_size]
     if len(pending) < len(shards) and topology.speaks:
         _log.info("%s: %d of %d shards are already there", folder, len(shards) - len(pending), len(shards))

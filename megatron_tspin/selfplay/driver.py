@@ -18,7 +18,8 @@ from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failu
 from megatron_tspin.selfplay.lock import run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
-from megatron_tspin.selfplay.run_config import check_same_config, with_absolute_paths, write_config
+from megatron_tspin.selfplay.retention import release_policies
+from megatron_tspin.selfplay.run_config import added_iterations, check_same_config, with_absolute_paths, write_config
 
 logger = get_logger(__name__)
 
@@ -51,25 +52,36 @@ def run(
     check_same_config(config)
     check(config)
     if dry_run:
-        _show(plan(config), run_dir, command)
+        _show(config, command)
         return EXIT_OK
     with _orderly_end(), run_lock(run_dir) as lock:
+        for stage in _reopened(config):
+            markers.marker_file(run_dir, stage).unlink(missing_ok=True)
         write_config(config)
         for stage in plan(config):
             _bring_about(stage, config, command(stage), lock)
             if stage.name.startswith("rollout"):
+                release_policies(config, latest=int(stage.name.removeprefix("rollout_")))
                 on_iteration(run_dir)
     logger.info("report: %s", RunFolder(run_dir).report)
     logger.info("exported checkpoint: %s", RunFolder(run_dir).export)
     return EXIT_OK
 
 
-def _show(stages: list[Stage], run_dir: Path, command: launch.Command) -> None:
+def _reopened(config: Config) -> list[Stage]:
+    """Done stages that go on when a run is given more iterations: what used to be its last rollout, and the export."""
+    added = added_iterations(config)
+    names = {f"rollout_{added.start:03d}", "export"} if added else set()
+    return [stage for stage in plan(config) if stage.name in names]
+
+
+def _show(config: Config, command: launch.Command) -> None:
     """The plan for people, on stdout."""
-    for stage in stages:
+    reopened = _reopened(config)
+    for stage in plan(config):
         state = "to do"
-        if markers.is_done(stage, run_dir):
-            state = "changed" if markers.differences(stage, run_dir) else "done"
+        if markers.is_done(stage, Path(config.run_dir)) and stage not in reopened:
+            state = "changed" if markers.differences(stage, config) else "done"
         sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(command(stage))}\n")
 
 
@@ -77,7 +89,7 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: int) ->
     """Runs a stage unless it is done."""
     run_dir = Path(config.run_dir)
     if markers.is_done(stage, run_dir):
-        changed = markers.differences(stage, run_dir)
+        changed = markers.differences(stage, config)
         if not changed:
             logger.info("stage %s: done before", stage.name)
             return
@@ -103,7 +115,7 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> Non
         raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
     if markers.digests(stage.inputs, run_dir) != inputs:
         raise StageError(f"stage {stage.name}: a file it reads was changed while it ran; run the same command again")
-    markers.write_marker(stage, run_dir, command, inputs, started, seconds)
+    markers.write_marker(stage, config, command, inputs, started, seconds)
     logger.info("stage %s: done in %.0f s", stage.name, seconds)
 
 

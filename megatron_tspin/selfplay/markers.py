@@ -1,7 +1,11 @@
 """Markers: a stage is done when its marker exists and every digest in it equals the file's.
 
 A marker is written last, by rename. A stage without one starts again and resumes inside itself. A stage with one whose
-files have changed is never redone silently, because what came after it was made from the files that it names.
+files have changed is never redone silently, because what came after it was made from the files that it names. Of the
+settings only those that affect results are bound, as one digest; those of its execution are noted for people.
+
+Outputs that the run released to save space are noted in the marker of the stage that wrote them; they are then neither
+missing nor changed for any stage.
 """
 
 import functools
@@ -9,12 +13,15 @@ import platform
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from megatron_tspin import __version__
 from megatron_tspin.checkpoint import manifest
+from megatron_tspin.config import Config
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.run_folder import RunFolder, shard_summary, step_folders
 from megatron_tspin.selfplay.plan import Stage
+from megatron_tspin.selfplay.run_config import execution_settings, result_digest
 from megatron_tspin.storage import read_json, sha256_file, write_json
 
 _PACKAGES = (
@@ -28,6 +35,9 @@ _PACKAGES = (
     "pydantic",
 )
 _POLICY_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
+
+_RESULT_SETTINGS = "run.yaml (settings that affect results)"
+_FIELDS = {"config", "execution", "inputs", "outputs", "released"}
 
 Digests = dict[str, str | None]
 
@@ -84,31 +94,66 @@ def missing_outputs(stage: Stage, run_dir: Path) -> list[str]:
 
 
 def write_marker(
-    stage: Stage, run_dir: Path, command: list[str], inputs: Digests, started: str, seconds: float
+    stage: Stage, config: Config, command: list[str], inputs: Digests, started: str, seconds: float
 ) -> None:
     """Declares a stage done.
 
     Args:
         stage: The stage whose processes ended well.
-        run_dir: The run.
+        config: The run.
         command: Its command line.
         inputs: Digests of its inputs, taken before it started.
         started: When it started, ISO 8601.
         seconds: How long it took.
     """
+    run_dir = Path(config.run_dir)
     write_json(
         marker_file(run_dir, stage),
         {
             "stage": stage.name,
             "command": command,
-            "config": sha256_file(RunFolder(run_dir).config),
+            "config": result_digest(config),
+            "execution": execution_settings(config),
             "inputs": inputs,
             "outputs": digests(stage.outputs, run_dir),
+            "released": [],
             "started": started,
             "seconds": round(seconds, 3),
             "versions": _versions(),
         },
     )
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Reads the marker of a done stage.
+
+    Raises:
+        ArtifactError: It is none, or one of an earlier version of this project.
+    """
+    marker = read_json(path)
+    if not isinstance(marker, dict) or not all(isinstance(marker.get(name), dict) for name in ("inputs", "outputs")):
+        raise ArtifactError(f"{path}: not a marker of this project; remove it to run the stage again")
+    if missing := _FIELDS - set(marker):
+        raise ArtifactError(
+            f"{path}: has no {', '.join(sorted(missing))}, as markers of earlier versions; finish the run with the "
+            "version that began it, or start again with another --run-dir"
+        )
+    if not isinstance(marker["released"], list):
+        raise ArtifactError(f"{path}: `released` must be a list of paths, found {marker['released']!r}; it was altered")
+    return marker
+
+
+def record_release(run_dir: Path, stage: Stage, outputs: Path) -> None:
+    """Notes that outputs of a done stage are no longer kept; to be called before the first of their files goes."""
+    marker = read_marker(marker_file(run_dir, stage))
+    released = sorted({*marker["released"], _name(outputs, run_dir)})
+    write_json(marker_file(run_dir, stage), {**marker, "released": released})
+
+
+def released_outputs(run_dir: Path) -> list[Path]:
+    """Files and folders of the run that it no longer keeps."""
+    names = [name for path in sorted((run_dir / "stages").glob("*.json")) for name in read_marker(path)["released"]]
+    return [run_dir / name for name in names]
 
 
 def _versions() -> dict[str, str]:
@@ -126,22 +171,29 @@ def is_done(stage: Stage, run_dir: Path) -> bool:
     return marker_file(run_dir, stage).is_file()
 
 
-def differences(stage: Stage, run_dir: Path) -> list[str]:
+def differences(stage: Stage, config: Config) -> list[str]:
     """One line for each file that is no longer what the marker of a done stage says; empty when all are.
 
     Raises:
-        ArtifactError: The marker itself cannot be read.
+        ArtifactError: A marker itself cannot be read.
     """
-    path = marker_file(run_dir, stage)
-    marker = read_json(path)
-    try:
-        recorded: Digests = {**marker["inputs"], **marker["outputs"], "run.yaml": marker["config"]}
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a marker of this project; remove it to run the stage again") from error
-    current = digests((*stage.inputs, *stage.outputs, RunFolder(run_dir).config), run_dir)
+    run_dir = Path(config.run_dir)
+    marker = read_marker(marker_file(run_dir, stage))
+    recorded: Digests = {**marker["inputs"], **marker["outputs"]}
+    current = digests((*stage.inputs, *stage.outputs), run_dir)
+    # What was recorded counts even where today's settings no longer ask for it, such as a measurement; what only they
+    # ask for and is not there does not.
+    current |= {name: _digest(run_dir / name) for name in recorded if name not in current}
+    released = released_outputs(run_dir)
+    names = [
+        name
+        for name in {*recorded, *current}
+        if not any(run_dir.joinpath(name).is_relative_to(each) for each in released)
+    ]
+    recorded[_RESULT_SETTINGS], current[_RESULT_SETTINGS] = marker["config"], result_digest(config)
     return [
         f"{name}: SHA-256 was {_shown(recorded.get(name))} when the stage ended, is {_shown(current.get(name))} now"
-        for name in sorted({*recorded, *current})
+        for name in sorted([*names, _RESULT_SETTINGS])
         if recorded.get(name) != current.get(name)
     ]
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.indexed import file_of
+from megatron_tspin.objective.roles import has_reference, stored_roles
 from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path
-
-_PROTO_METHODS = ("tspin", "tspin_ref")
-_REFERENCE_METHODS = ("spin", "tspin_ref")
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,16 @@ def _convert(config: Config) -> Stage:
 
 
 def _rollout(config: Config, iteration: int) -> Stage:
-    folder, method = _folder(config), config.objective.method
+    folder, roles = _folder(config), stored_roles(config.objective.method)
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt")]
     outputs: list[Path] = []
     if config.data.held_out is not None:
         inputs += [examples_path(folder.data, HELD_OUT), *_documents(folder, "held_out_prompt", "held_out_annotated")]
         inputs += scorer_file(config)
         outputs.append(folder.evaluation(iteration))
-    if method in _PROTO_METHODS and iteration == 0:
+    if "proto" in roles and iteration == 0:
         outputs += [folder.proto, *_documents(folder, "train_proto")]
-    if method != "sft" and iteration < config.self_play.iterations:
+    if "synthetic" in roles and iteration < config.self_play.iterations:
         outputs += [folder.synthetic(iteration), _synthetic(folder, iteration)]
     return Stage(
         name=f"rollout_{iteration:03d}",
@@ -114,14 +112,14 @@ def _rollout(config: Config, iteration: int) -> Stage:
 
 
 def _train(config: Config, iteration: int) -> Stage:
-    folder, method = _folder(config), config.objective.method
+    folder, roles = _folder(config), stored_roles(config.objective.method)
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt", "train_annotated")]
     outputs = [folder.metrics(iteration), folder.checkpoints(iteration)]
-    if method != "sft":
+    if "synthetic" in roles:
         inputs.append(_synthetic(folder, iteration))
-    if method in _PROTO_METHODS:
+    if "proto" in roles:
         inputs += _documents(folder, "train_proto")
-    if method in _REFERENCE_METHODS:
+    if has_reference(config.objective.method):
         outputs.append(folder.reference(iteration))
     if config.precision.rescores:
         outputs.append(folder.precision(iteration))

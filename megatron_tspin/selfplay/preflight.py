@@ -83,7 +83,7 @@ def _layout_problems(architecture: Architecture, config: Config) -> Iterator[str
 
 
 def _check_rows(config: Config) -> None:
-    """A packed row holds any triplet that the run may come to: later the setting can no longer change."""
+    """A packed row holds any triplet that the run may come to, so that it does not stop after its first rollout."""
     packing, training = row_packing(config), config.training
     if packing is None or training.row_capacity is None or training.over_capacity == "truncate":
         return

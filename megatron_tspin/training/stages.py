@@ -126,7 +126,8 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
     """Saves the policy; inside the iteration the optimizer too, which starts afresh in the next iteration.
 
     The iteration's last checkpoint has the fp32 master weights as its weights, for the next one to start from.
-    Older checkpoints of the iteration go once the iteration's last one is whole.
+    Older checkpoints of the iteration go once a newer one is whole: all of them at its end, and before that those that
+    `training.keep_checkpoints` no longer keeps.
     """
     finished = trainer.done == trainer.num_steps
     save_checkpoint(
@@ -137,10 +138,22 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         masters=trainer.optimizer if finished and trainer.config.precision.bf16 else None,
         state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
     )
-    if finished and trainer.topology.speaks:
-        for older in step_folders(checkpoints):
-            if older != step_folder(checkpoints, trainer.done):
-                shutil.rmtree(older)
+    if trainer.topology.speaks:
+        keep_latest(checkpoints, trainer.done, 1 if finished else trainer.config.training.keep_checkpoints)
+
+
+def keep_latest(checkpoints: Path, step: int, count: int) -> None:
+    """Removes an iteration's checkpoints but for the `count` latest up to the one after `step`; 0 keeps all.
+
+    Those of later steps are not whole, or the iteration would have been continued from them.
+    """
+    if count == 0:
+        return
+    found = step_folders(checkpoints)
+    latest = [path for path in found if path.suffix == "" and path <= step_folder(checkpoints, step)][-count:]
+    for path in found:
+        if path not in latest:
+            shutil.rmtree(path)
 
 
 def score_file(config: Config, load: Path, data: Path, output: Path) -> None:

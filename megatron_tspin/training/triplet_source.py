@@ -5,9 +5,10 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
-from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples, steps_per_iteration
+from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples
 from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.role_documents import PROMPT, open_role_documents
+from megatron_tspin.data.steps import steps_per_iteration
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.batches import Triplet
@@ -44,8 +45,8 @@ class TripletSource:
         costs = None
         if config.training.data_order == "balanced":
             work = work_model(read_architecture(Path(config.model.hf_checkpoint)))
-            shares = packing is not None and packing.share_prompts
-            costs = [work.training(shape, shares) for shape in self._shapes]
+            # Of shared prompts whatever the rows: the order of the data must not depend on how rows are laid out.
+            costs = [work.training(shape, share_prompts=True) for shape in self._shapes]
         self._key = (config.seed, iteration)
         self._sampler = GlobalBatchSampler(count, batch_size, config.seed, iteration, costs)
         self.num_steps = steps_per_iteration(count, batch_size, config.training.epochs, config.training.train_iters)

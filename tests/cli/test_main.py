@@ -178,6 +178,12 @@ def test_conversion_without_a_run(calls: Calls, monkeypatch: pytest.MonkeyPatch)
         (["export", "--save", "x"], "--load and --hf-checkpoint"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--verify-data", "c"], "together with --verify"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--seed", "1"], "--seed: only used together with --config"),
+        (["convert", "--hf-checkpoint", "a", "--save", "b", "--set", "seed=1"], "--seed: only used together with"),
+        (
+            ["convert", "--hf-checkpoint", "a", "--save", "b", "--set", "generation.shard_size=1"],
+            "--set generation.shard_size: only used together with --config",
+        ),
+        (["convert", "--set", "model.hf_checkpoint=/absent"], "this command needs --save"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--sequence-parallel"], "sequence_parallel needs"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--tspin-cpu-threads", "0"], "--tspin-cpu-threads"),
         (["run", "--run-dir", "x"], "`model` is missing"),

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples, steps_per_iteration
+from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples
+from megatron_tspin.data.steps import steps_per_iteration
 
 sizes = st.integers(1, 60)
 

@@ -93,10 +93,30 @@ def test_only_the_missing_shard_is_made_again_to_the_same_bytes(ranks: Any, tmp_
     assert ranks(1).run(generate, request(), tmp_path, ParallelSection())[0][1] == []
 
 
+@pytest.mark.parametrize("change", [{"shard_size": 2}, {"shard_size": 5, "batch_size": 4}], ids=str)
+def test_a_folder_is_finished_with_the_shards_it_was_begun_with(
+    change: dict[str, Any], ranks: Any, tmp_path: Path
+) -> None:
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    before = contents(tmp_path)
+    shard_path(tmp_path, 1).unlink()
+    found = ranks(2).run(generate, request(**change), tmp_path, ParallelSection(data_parallel_size=2))
+    assert contents(tmp_path) == before  # of this engine, whose log-probs do not depend on batches
+    assert all([answer["id"] for answer in answers] == [p.id for p in request().prompts] for answers, _ in found)
+    asked = [prompt for _, prompts in found for prompt in prompts]
+    assert sorted(asked) == sorted(list(prompt.ids) for prompt in request().prompts[3:6])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"shard_size": 0}', '{"shard_size": "3"}'])
+def test_broken_settings_of_shards_are_refused(text: str, ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"settings.json: not the settings of generated shards"):
+        ranks(1).run(generate, request(), tmp_path, ParallelSection())
+
+
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2}, "seed was 1, now 2"),
     ({"purpose": "proto"}, "purpose was 'synthetic/0', now 'proto'"),
-    ({"batch_size": 4}, "batch_size was 2, now 4"),
     ({"facts": {"checkpoint_sha256": "c2"}}, "checkpoint_sha256 was 'c1', now 'c2'"),
     ({"decoding": Decoding(0.5, 1.0, 0, 4)}, "temperature was 1.0, now 0.5"),
     ({"prompts": [Prompt(f"p{i}", [4]) for i in range(COUNT)]}, "prompts_sha256 was"),

@@ -35,7 +35,15 @@ def write(output: Path, name: str) -> None:
         inner = "manifest.json"
     path = output / inner if inner else output
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"stage": name}))
+    path.write_text(json.dumps(evaluation(path.stem) if output.stem.startswith("policy_") else {"stage": name}))
+
+
+def evaluation(policy: str) -> dict[str, object]:
+    """What a test wants to have been measured, or as little as a run without decodings measures."""
+    least = {"iteration": int(policy[-3:]), "greedy": None, "sampled": None, "log_prob_annotated": -1.0,
+             "log_prob_sampled": None, "nll_per_token": 1.0}  # fmt: skip
+    wanted: dict[str, dict[str, object]] = json.loads(os.environ.get("TSPIN_TEST_EVALUATIONS", "{}"))
+    return wanted.get(policy, least)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from megatron_tspin.config import Config
 from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY, EXIT_STAGE, InputError, StageError
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import plan
+from megatron_tspin.selfplay.run_config import result_digest
 from megatron_tspin.storage import sha256_file
 from tests.selfplay.fake_world import FakeRun, tree_of, write_world
 
@@ -35,8 +36,11 @@ def test_a_run_does_every_stage_once(fake: FakeRun) -> None:
 def test_markers_hold_what_went_in_and_out(fake: FakeRun) -> None:
     fake.go()
     marker = json.loads((fake.run_dir / "stages" / "train_001.json").read_text())
-    assert list(marker) == ["stage", "command", "config", "inputs", "outputs", "started", "seconds", "versions"]
-    assert marker["config"] == sha256_file(fake.run_dir / "run.yaml")
+    assert list(marker) == [
+        "stage", "command", "config", "execution", "inputs", "outputs", "released", "started", "seconds", "versions",
+    ]  # fmt: skip
+    assert marker["config"] == result_digest(fake.config)
+    assert marker["execution"]["training.micro_batch_size"] == 4 and "optimizer.lr" not in marker["execution"]
     before = "iteration_000/checkpoint/step_00000004/manifest.json"
     assert marker["inputs"][before] == sha256_file(fake.run_dir / before)
     assert "iteration_001/checkpoint/step_00000004/manifest.json" in marker["outputs"]
@@ -153,18 +157,23 @@ def test_a_newer_checkpoint_than_the_marker_knows_is_refused(fake: FakeRun) -> N
         fake.go()
 
 
-def test_a_hand_edited_run_config_is_refused(fake: FakeRun) -> None:
+def test_a_hand_edited_run_config_is_refused(fake: FakeRun, config_of: Callable[..., Config]) -> None:
+    """Also where the run is continued from that very file, so that there is nothing to compare it with."""
     fake.go()
-    with (fake.run_dir / "run.yaml").open("a") as stream:
-        stream.write("# harmless\n")
-    with pytest.raises(InputError, match="run.yaml"):
+    path = fake.run_dir / "run.yaml"
+    path.write_text(path.read_text().replace("lr: 5.0e-07", "lr: 1.0e-06") + "# by hand\n")
+    with pytest.raises(InputError, match="optimizer.lr: 1e-06 in the run, 5e-07 now"):
         fake.go()
+    with pytest.raises(InputError, match=r"stage tokenize is done.*\n.*run.yaml \(settings that affect results\)"):
+        fake.go(config_of(optimizer__lr=1e-6))
 
 
 def test_a_broken_marker_is_refused(fake: FakeRun) -> None:
     fake.go()
     marker = fake.run_dir / "stages" / "convert.json"
-    for text in ("{", "[]", '{"stage": "convert"}', '{"inputs": 1, "outputs": {}, "config": ""}'):
+    whole = json.loads(marker.read_text())
+    others = [{**whole, name: 1} for name in ("inputs", "outputs", "released")]
+    for text in ("{", "[]", '{"stage": "convert"}', *map(json.dumps, others)):
         marker.write_text(text)
         with pytest.raises(InputError, match=r"convert\.json"):
             fake.go()
@@ -178,15 +187,25 @@ def test_a_changed_report_is_only_made_again(fake: FakeRun) -> None:
     assert fake.take_started() == ["report"]
 
 
+def test_a_marker_of_an_earlier_version_is_explained(fake: FakeRun) -> None:
+    fake.go()
+    path = fake.run_dir / "stages" / "convert.json"
+    marker = json.loads(path.read_text())
+    del marker["execution"], marker["released"]
+    path.write_text(json.dumps(marker))
+    with pytest.raises(InputError, match=r"convert\.json: has no execution, released, as markers of earlier versions"):
+        fake.go()
+
+
 def test_other_settings_are_refused_with_a_diff(fake: FakeRun, config_of: Callable[..., Config]) -> None:
     fake.go()
     before = (fake.run_dir / "run.yaml").read_bytes()
     with pytest.raises(InputError) as caught:
-        fake.go(config_of(optimizer__lr=1e-6, self_play__iterations=3))
+        fake.go(config_of(optimizer__lr=1e-6, self_play__iterations=1, training__micro_batch_size=1))
     message = str(caught.value)
     assert "optimizer.lr: 5e-07 in the run, 1e-06 now" in message
-    assert "self_play.iterations: 2 in the run, 3 now" in message
-    assert "seed" not in message and "another --run-dir" in message
+    assert "self_play.iterations: 2 in the run, 1 now" in message
+    assert "seed" not in message and "micro_batch_size" not in message and "another --run-dir" in message
     assert (fake.run_dir / "run.yaml").read_bytes() == before
 
 

@@ -164,9 +164,9 @@ class Usage(NamedTuple):
 
 
 def test_disk_space(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of()
-    least, likely = disk_space.least_bytes(56, 2), disk_space.likely_bytes(56, 2)
-    assert (least, likely) == (4 * 56 * 4, 8 * 56 * 4)
+    config = config_of(training__save_interval=1, training__epochs=9)
+    least, likely = disk_space.least_bytes(config, 56), disk_space.likely_bytes(config, 56, 3)
+    assert (least, likely) == (4 * 56 * 4, 9 * 56 * 4)
     for free, outcome in ((least - 1, "refused"), (least, "warned"), (likely, "passed")):
         caplog.clear()
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10**9, 0, free))
@@ -185,8 +185,35 @@ def test_what_a_run_has_written_counts_as_available(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 0))
     assert refused(config_of())
     (world / "run").mkdir()
-    (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(56, 2)))
+    (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(config_of(), 56)))
     preflight(config_of())
+
+
+@pytest.mark.parametrize(
+    ("settings", "least", "likely"),
+    [
+        ({}, 5, 5),  # initial, exported, two last and best
+        ({"data__held_out": None}, 4, 4),
+        ({"self_play__keep_policies": 0}, 7, 7),
+        ({"self_play__keep_policies": 1, "data__held_out": None}, 3, 3),
+        ({"training__save_interval": 1}, 5, 1 + 3 + 1 + 3 * 2),  # one checkpoint more than is kept, with one moment
+        ({"training__save_interval": 1, "optimizer__optimizer": "adam"}, 5, 1 + 3 + 1 + 3 * 3),
+        ({"training__save_interval": 1, "precision__bf16": True}, 5, 1 + 3 + 1 + 3 * 2.5),
+        ({"training__save_interval": 1, "training__keep_checkpoints": 1}, 5, 1 + 3 + 1 + 2 * 2),
+        ({"training__save_interval": 1, "training__keep_checkpoints": 0}, 5, 1 + 3 + 1 + 9 * 2),
+        ({"training__save_interval": 4, "training__keep_checkpoints": 0}, 5, 1 + 3 + 1 + 2 * 2),
+        ({"training__save_interval": 10}, 5, 5),  # the iteration's last checkpoint alone
+        ({"training__save_interval": 1, "training__train_iters": 2}, 5, 1 + 3 + 1 + 1 * 2),
+    ],
+    ids=str,
+)
+def test_disk_space_follows_the_retention(
+    settings: dict[str, Any], least: float, likely: float, config_of: ConfigOf
+) -> None:
+    """In multiples of the fp32 weights; ten steps an iteration unless the settings say otherwise."""
+    config = config_of(self_play__iterations=5, training__global_batch_size=8, training__epochs=5, **settings)
+    assert disk_space.least_bytes(config, 56) == least * 56 * 4
+    assert disk_space.likely_bytes(config, 56, num_examples=16) == likely * 56 * 4
 
 
 @pytest.mark.parametrize(
@@ -202,7 +229,7 @@ def test_what_a_run_has_written_counts_as_available(
 def test_a_row_has_to_hold_any_triplet_of_the_run(
     config_of: ConfigOf, capacity: int | None, over: str, share: bool, fits: bool
 ) -> None:
-    """A row that turned out too short after the first rollout would end the run: settings are fixed by then."""
+    """A row that turned out too short would stop the run after its first rollout."""
     rows = {"row_capacity": capacity, "over_capacity": over, "share_prompts": share}
     settings = {f"training__{name}": value for name, value in rows.items()}
     config = config_of(data__seq_length=32, generation__max_new_tokens=16, **settings)
