@@ -28,7 +28,7 @@ LAYERS = [
         "run_folder",
         "storage",
     },
-    {"platform", "parallel", "precision"},
+    {"platform", "lost_rank", "parallel", "precision"},
     {"models", "data"},
     {"checkpoint", "objective"},
     {"conversion", "training", "generation"},
