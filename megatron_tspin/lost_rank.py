@@ -27,16 +27,16 @@ def explain(error: BaseException) -> StageError | None:
     if not isinstance(error, RuntimeError) or not _BACKENDS.search(str(error)):
         return None
     reason = _SOURCE_LINE.sub("", str(error).strip().split("\n")[0]).split(". ")[0]
-    where = _where(traceback.extract_tb(error.__traceback__))
     if _TIMED_OUT.search(reason):
-        return StageError(f"waited too long for another rank in {where}: it hangs, or is far behind ({reason})")
+        return StageError(f"waited too long for another rank in {_where(error)}: it hangs, or is far behind ({reason})")
     if _GONE.search(reason):
-        return StageError(f"lost another rank in {where}: what it says is the cause ({reason})")
+        return StageError(f"lost another rank in {_where(error)}: what it says is the cause ({reason})")
     return None
 
 
-def _where(frames: traceback.StackSummary) -> str:
+def _where(error: RuntimeError) -> str:
     """The collective, and the innermost line of this project that wanted it."""
+    frames = traceback.extract_tb(error.__traceback__)
     names = [frame.name for frame in frames if {"torch", "distributed"} <= set(Path(frame.filename).parts)]
     collective = next((name for name in reversed(names) if name not in _WRAPPERS), frames[-1].name)
     for frame in reversed(frames):

@@ -17,12 +17,14 @@ from megatron_tspin.platform import backend, prepare_platform, seed_everything
 
 Value = TypeVar("Value")
 
-# Of megatron-core's groups, which a step's collectives go over: there no rank is long behind another unless it hangs.
+# For the start, and of megatron-core's groups, which a step's collectives go over: there no rank is long behind another
+# unless it hangs.
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
 
 # Of the group of all ranks, which meets between steps: when one replica has a shard more to answer than another, when
-# rank 0 hashes, scores or compares with transformers, when checkpoints are written or read.
-LONG_TIMEOUT = datetime.timedelta(hours=2)
+# rank 0 hashes or compares with transformers, when checkpoints are written or read, and when the user's scorer, which
+# may take any time, judges all answers. A rank that is gone is noticed at once all the same.
+LONG_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
             f"{layout.context_parallel_size} x {layout.pipeline_model_parallel_size} x {layout.data_parallel_size} "
             f"needs {layout.world_size}"
         )
-    dist.init_process_group(backend(), timeout=LONG_TIMEOUT)
+    dist.init_process_group(backend(), timeout=STEP_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT)
     try:
         yield build_topology(layout, seed, tokens_multiple)
     except BaseException as error:

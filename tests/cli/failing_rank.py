@@ -20,10 +20,13 @@ def command(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_tspin.parallel import distributed, sum_over_replicas
+    from megatron_tspin.parallel import LONG_TIMEOUT, STEP_TIMEOUT, distributed, sum_over_replicas
 
     dist.destroy_process_group = lambda group=None: time.sleep(3600)
     with distributed(ParallelSection(data_parallel_size=2)) as topology:
+        for group, timeout in ((dist.group.WORLD, LONG_TIMEOUT), (topology.dp_group, STEP_TIMEOUT)):
+            found = group._get_backend(torch.device("cpu")).options._timeout
+            assert found == timeout, f"{group.group_desc} waits {found}"
         if topology.rank == 1:
             raise ERRORS[args.error]
         sum_over_replicas(torch.zeros(1), topology)

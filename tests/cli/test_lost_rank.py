@@ -1,21 +1,16 @@
 """A rank that fails says so, and ends what waits for it."""
 
-import datetime
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import StageError
-from tests.rank_pool import in_layout
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("failing_rank.py")
