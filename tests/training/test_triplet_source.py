@@ -8,12 +8,11 @@ import pytest
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
-from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.training.triplet_source import TripletSource
 from tests.training.trajectory import make_config
-from tests.training.triplet_files import LENGTHS, document, expected, write_triplets
+from tests.training.triplet_files import LENGTHS, all_of, document, expected, write_triplets
 
 ITERATION = 2
 
@@ -31,10 +30,6 @@ def build(tmp_path: Path, tiny_checkpoint: Any) -> Build:
         return make_config(tiny_checkpoint("tied"), **{**small, **settings})
 
     return config
-
-
-def all_of(source: TripletSource) -> list[Triplet]:
-    return [source.triplet(index) for index in range(len(source.ids))]
 
 
 @pytest.mark.parametrize("roles", [ROLES, ROLES[:2], ROLES[:1]], ids=len)
