@@ -11,13 +11,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_tspin.config import ParallelSection
-from megatron_tspin.errors import InputError, TspinError
+from megatron_tspin.errors import ArtifactError, InputError, TspinError
+from megatron_tspin.lost_rank import explain
 from megatron_tspin.platform import backend, prepare_platform, seed_everything
 
 Value = TypeVar("Value")
 
-# Replicas wait for each other at the end of a generation, where one may have a shard more to do than another.
-_TIMEOUT = datetime.timedelta(hours=2)
+# For the start, and of megatron-core's groups, which a step's collectives go over: there no rank is long behind another
+# unless it hangs.
+STEP_TIMEOUT = datetime.timedelta(minutes=10)
+
+# Of the group of all ranks, which meets between steps: when one replica has a shard more to answer than another, when
+# rank 0 hashes or compares with transformers, when checkpoints are written or read, and when the user's scorer, which
+# may take any time, judges all answers. A rank that is gone is noticed at once all the same.
+LONG_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Topology:
     cp_rank: int
     cp_size: int
     cp_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup
+    """TP x PP: the ranks that hold one policy."""
     num_virtual_stages: int
     """Groups of layers that this rank holds."""
     sequence_parallel: bool
@@ -71,6 +80,9 @@ class Topology:
 def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Iterator[Topology]:
     """Joins the ranks that torchrun (or Slurm) started into megatron-core's groups, and leaves them at the end.
 
+    After a failure several ranks do not leave: taking groups down may wait for peers that sit in a collective. The
+    process has to end instead (`groups_are_up`), which closes its connections, so that its peers fail at once.
+
     Args:
         layout: TP, CP, PP and DP.
         seed: Of libraries that draw; nothing of ours does.
@@ -78,6 +90,7 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
 
     Raises:
         InputError: The number of processes is not TP x CP x PP x DP.
+        StageError: A collective of the block failed because another rank hangs or is gone; names the collective.
     """
     prepare_platform(layout.cpu_threads)
     world_size = int(os.environ["WORLD_SIZE"])
@@ -87,11 +100,18 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
             f"{layout.context_parallel_size} x {layout.pipeline_model_parallel_size} x {layout.data_parallel_size} "
             f"needs {layout.world_size}"
         )
-    dist.init_process_group(backend(), timeout=_TIMEOUT)
+    dist.init_process_group(backend(), timeout=STEP_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT)
     try:
         yield build_topology(layout, seed, tokens_multiple)
-    finally:
-        leave_groups()
+    except BaseException as error:
+        if world_size == 1:
+            leave_groups()
+        lost = explain(error)
+        if lost is not None:
+            raise lost from error
+        raise
+    leave_groups()
 
 
 def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Topology:
@@ -106,6 +126,7 @@ def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int 
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=STEP_TIMEOUT.total_seconds() / 60,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
@@ -124,6 +145,7 @@ def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int 
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=layout.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
+        model_parallel_group=parallel_state.get_model_parallel_group(),
         num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
         row_length_multiple=layout.row_length_multiple(tokens_multiple),
@@ -138,6 +160,24 @@ def leave_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def groups_are_up() -> bool:
+    """Whether this process is in groups, which after a failure it must end with rather than leave."""
+    return dist.is_initialized()
+
+
+def wait_for_all_ranks() -> None:
+    """Waits until every rank has come here, however long the work before it took one of them."""
+    dist.barrier()
+
+
+def broadcast_within_policy(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Gives all ranks of TP x PP the values of the last stage's first TP rank, in place."""
+    if topology.tp_size * topology.pp_size > 1:
+        source = (topology.pp_size - 1) * topology.tp_size  # TP is the fastest in the order of ranks
+        dist.broadcast(tensor, group=topology.model_parallel_group, group_src=source)
+    return tensor
 
 
 def broadcast_from_last_pipeline_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -170,3 +210,26 @@ def on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
         raise answer[1]
     value: Value = answer[0]
     return value
+
+
+def refuse_stale_facts(what: str, facts: dict[str, Any], topology: Topology) -> None:
+    """For what every rank reads by itself: refuses, on all ranks, that one has read something else than rank 0.
+
+    Args:
+        what: Says in the message what was read.
+        facts: Digests of what this rank has read, by name.
+        topology: This rank's place.
+
+    Raises:
+        ArtifactError: Names the rank, the fact and both values.
+    """
+    found: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(found, facts)
+    for rank, others in enumerate(found):
+        different = [f"{name} is {others.get(name)}, on rank 0 {value}" for name, value in found[0].items()
+                     if others.get(name) != value]  # fmt: skip
+        if different:
+            raise ArtifactError(
+                f"{what}: rank {rank} reads another state of the disk: {'; '.join(different)}; run the same command "
+                "again once the file system shows the same files on every node"
+            )

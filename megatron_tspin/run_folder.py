@@ -150,6 +150,11 @@ def reference_facts(reference: Path) -> Path:
     return reference.with_suffix(".json")
 
 
+def reference_parts(reference: Path) -> Path:
+    """Folder of what an unfinished pass over the reference log-probs has computed."""
+    return reference.with_suffix(".parts")
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Folder of the checkpoint after an optimizer step."""
     return checkpoints / f"step_{step:08d}"

@@ -30,7 +30,7 @@ LAYERS = [
         "step_metrics",
         "storage",
     },
-    {"platform", "parallel", "precision"},
+    {"platform", "lost_rank", "parallel", "precision"},
     {"models", "data"},
     {"checkpoint", "objective"},
     {"conversion", "training", "generation"},

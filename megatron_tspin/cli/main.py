@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program's name; None takes the process's.
 
     Returns:
-        The exit code.
+        The exit code. A rank that failed among others does not return but ends the process.
     """
     args = build_parser().parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
@@ -57,15 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TspinError as error:
         if _tell_driver(rank, error.exit_code, str(error)):
             _say(error, rank)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("tspin: interrupted; the same command continues\n")
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except Exception as error:
         logger.exception("unexpected failure%s", f" of rank {rank}" if rank else "")
         _tell_driver(rank, EXIT_FAILED, f"{type(error).__name__}: {error}")
-        return EXIT_FAILED
+        code = EXIT_FAILED
+    if code:
+        _end_if_among_ranks(code)
     return code
+
+
+def _end_if_among_ranks(code: int) -> None:
+    """Ends the process where a failure left its groups up, now that the failure is recorded.
+
+    The system then closes its connections, and peers that wait for it in a collective fail at once. An orderly end may
+    itself wait: torch's exit for collectives that are under way, and they for the peers.
+    """
+    if "megatron_tspin.parallel" not in sys.modules:  # the driver has no torch, and needs none to see that
+        return
+    from megatron_tspin.parallel import groups_are_up
+
+    if groups_are_up():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -54,9 +54,9 @@ def convert_checkpoint(
         InputError: A folder or a file cannot be used.
         ParityError: The difference is larger than `bound`.
     """
-    _refuse_existing(save)
     sentences = read_sentences(hf_checkpoint, verify_data) if verify else []
     with distributed(parallel) as topology:
+        on_first_rank(lambda: _refuse_existing(save), topology)
         digest = on_first_rank(lambda: source_digest(hf_checkpoint), topology)
         _convert(hf_checkpoint, save, parallel, topology, digest, (sentences, bound))
 
@@ -82,8 +82,8 @@ def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: Par
         save: The HF folder to write.
         parallel: The layout.
     """
-    _refuse_existing(save)
     with distributed(parallel) as topology:
+        on_first_rank(lambda: _refuse_existing(save), topology)
         _export(load, hf_checkpoint, save, parallel, topology)
 
 

@@ -18,7 +18,7 @@ from megatron_tspin.errors import DivergenceError
 from megatron_tspin.generation.sampling import Decoding, choose
 from megatron_tspin.models.attention import KeyValueCache
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.parallel import Topology
+from megatron_tspin.parallel import Topology, broadcast_within_policy
 from megatron_tspin.platform import device
 
 
@@ -83,16 +83,18 @@ class Engine:
     def _next_tokens(
         self, batch: "_Batch", tokens: Tensor, position: int, decoding: Decoding
     ) -> tuple[list[int], list[float]]:
-        """Runs tokens [b, s] through the pipeline and chooses the next one of each row, known to all of it."""
+        """Runs tokens [b, s] through the pipeline and chooses the next one of each row, the same on all ranks.
+
+        One rank chooses and tells the others: should the TP ranks' logits differ by rounding, each would go on with
+        tokens of its own, and their caches would hold parts of different answers.
+        """
         logits = self._forward(tokens, batch.position_ids(tokens.shape[1]), batch.mask(tokens.shape[1], self._window()))
         rows = tokens.shape[0]
         result = torch.zeros(2, rows, dtype=torch.float64, device=device())
-        if logits is not None:
+        if logits is not None and self._topology.tp_rank == 0:
             chosen, log_probs = choose(logits, batch.uniforms(position), decoding)
             result[0], result[1] = chosen.double(), log_probs.double()
-        if self._topology.pp_size > 1:
-            dist.broadcast(result, group=self._topology.pp_group, group_src=self._topology.pp_size - 1)
-        ids, values = result.tolist()
+        ids, values = broadcast_within_policy(result, self._topology).tolist()
         if not all(map(math.isfinite, values)):  # every rank has the same values, so that all of them stop
             raise DivergenceError("the policy's log-probs are not finite: its weights hold NaN or infinity")
         return [int(token) for token in ids], values

@@ -1,17 +1,19 @@
 """What a policy does on the held-out examples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
 from megatron_tspin.data.indexed import open_documents
 from megatron_tspin.generation.player import Player
 from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer
-from megatron_tspin.generation.shards import Prompt
+from megatron_tspin.generation.shards import Prompt, Request, read_shards
 from megatron_tspin.objective.scoring import score_pairs
+from megatron_tspin.parallel import Topology, on_first_rank
 from megatron_tspin.records import DecodingResult, Evaluation, Response
 from megatron_tspin.run_folder import HELD_OUT, document_stem, examples_path, held_out_answers
 
@@ -20,36 +22,65 @@ def evaluate_policy(config: Config, player: Player, policy: int, data: Path, res
     """Answers the held-out prompts greedily and by sampling, scores the answers, and scores the annotated responses.
 
     Args:
-        config: Which decodings are wanted, and the scorer.
+        config: Which decodings are wanted, and the scorer, which runs on rank 0 alone.
         player: The policy.
         policy: Its number in the run.
         data: Folder of the run's documents.
         results: File that they are meant for; the shards of answers go beside it.
+
+    Returns:
+        The results, on every rank.
+
+    Raises:
+        InputError: The scorer cannot be loaded (before anything is answered), or failed.
     """
+    topology = player.topology
+    scorer = _load_on_first_rank(config.evaluation.scorer, topology)
     examples = read_examples(examples_path(data, HELD_OUT))
     prompts = open_documents(document_stem(data, HELD_OUT, "prompt"))
     annotated = open_documents(document_stem(data, HELD_OUT, "annotated"))
     wanted = [Prompt(example.id, prompts[index]) for index, example in enumerate(examples)]
-    scorer = load_scorer(config.evaluation.scorer) if config.evaluation.scorer else None
-    found: dict[str, list[Response]] = {}
-    if config.evaluation.greedy:
-        found["greedy"] = player.answer(
-            wanted, f"held-out/{policy}/greedy", held_out_answers(results, "greedy"), greedy=True
-        )
-    if config.evaluation.sampled:
-        found["sampled"] = player.answer(wanted, f"held-out/{policy}/sampled", held_out_answers(results, "sampled"))
+    decodings = {"greedy": config.evaluation.greedy, "sampled": config.evaluation.sampled}
+    folders = {name: held_out_answers(results, name) for name, is_wanted in decodings.items() if is_wanted}
+    requests = {
+        name: player.answer(wanted, f"held-out/{policy}/{name}", folder, greedy=name == "greedy")
+        for name, folder in folders.items()
+    }
     pairs = [(prompts[index], annotated[index]) for index in range(len(examples))]
-    log_probs = score_pairs(player.model, player.topology, pairs, description=f"held-out/{policy}/annotated")
-    scored = {name: decoding_result(examples, responses, scorer) for name, responses in found.items()}
-    sampled = found.get("sampled")
+    log_probs = score_pairs(player.model, topology, pairs, description=f"held-out/{policy}/annotated")
+    judged = on_first_rank(lambda: _judged(requests, folders, examples, scorer), topology)
     return Evaluation(
         iteration=policy,
-        greedy=scored.get("greedy"),
-        sampled=scored.get("sampled"),
         log_prob_annotated=fmean(log_probs),
-        log_prob_sampled=fmean(sum(response.token_log_probs) for response in sampled) if sampled else None,
         nll_per_token=-sum(log_probs) / sum(len(response) for _, response in pairs),
+        **judged,
     )
+
+
+def _judged(
+    requests: Mapping[str, Request],
+    folders: Mapping[str, Path],
+    examples: Sequence[Example],
+    scorer: Scorer | None,
+) -> dict[str, Any]:
+    """What an `Evaluation` says of the answers in the shards."""
+    found = {name: read_shards(request, folders[name]) for name, request in requests.items()}
+    results = {name: decoding_result(examples, responses, scorer) for name, responses in found.items()}
+    sampled = found.get("sampled")
+    log_prob = fmean(sum(response.token_log_probs) for response in sampled) if sampled else None
+    return {"greedy": results.get("greedy"), "sampled": results.get("sampled"), "log_prob_sampled": log_prob}
+
+
+def _load_on_first_rank(name: str | None, topology: Topology) -> Scorer | None:
+    """The scorer on rank 0, None elsewhere: a judge of the user's own may be large, or count its calls.
+
+    Raises:
+        InputError: It cannot be loaded; on all ranks.
+    """
+    loaded: list[Scorer] = []
+    if name is not None:
+        on_first_rank(lambda: loaded.append(load_scorer(name)), topology)
+    return loaded[0] if loaded else None
 
 
 def decoding_result(

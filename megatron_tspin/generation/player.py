@@ -18,7 +18,6 @@ from megatron_tspin.generation.shards import Prompt, Request, generate_shards
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
-from megatron_tspin.records import Response
 from megatron_tspin.storage import sha256_file
 
 
@@ -48,8 +47,8 @@ class Player:
         size: int = self.model.architecture.vocab_size
         return size
 
-    def answer(self, prompts: Sequence[Prompt], purpose: str, folder: Path, greedy: bool = False) -> list[Response]:
-        """Answers prompts into shards, or reads the shards that are there; in order, on every rank."""
+    def answer(self, prompts: Sequence[Prompt], purpose: str, folder: Path, greedy: bool = False) -> Request:
+        """Answers prompts into the shards that are not there yet; returns what `read_shards` reads them by."""
         settings = self.config.generation
         request = Request(
             prompts=prompts,

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,19 @@ def score_answer(scorer: Scorer, record: Mapping[str, Any], text: str, example_i
     """Calls the scorer.
 
     Raises:
-        InputError: It returned something other than a number from 0 to 1; names the example.
+        InputError: It failed, or returned something other than a number from 0 to 1; names the scorer and the example.
     """
-    score = scorer(record, text)
+    name = getattr(scorer, "__name__", repr(scorer))
+    try:
+        score = scorer(record, text)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__, limit=2)[-1]  # the line of the scorer, not of what it called
+        raise InputError(
+            f"{place.filename}:{place.lineno}: the scorer `{name}` failed for example {example_id}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(score, int | float) or not 0.0 <= score <= 1.0:
-        raise InputError(f"the scorer returned {score!r} for example {example_id}; it must return a number from 0 to 1")
+        raise InputError(
+            f"the scorer `{name}` returned {score!r} for example {example_id}; it must return a number from 0 to 1"
+        )
     return float(score)

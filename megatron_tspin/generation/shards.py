@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.errors import ArtifactError
 from megatron_tspin.generation.engine import Answer, Engine
 from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.log import get_logger, progress_bar
-from megatron_tspin.parallel import Topology
+from megatron_tspin.parallel import Topology, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.records import Response, read_records
 from megatron_tspin.run_folder import shard_path, shard_settings
 from megatron_tspin.storage import read_json, write_json, write_text
@@ -73,7 +71,7 @@ class Request:
         Raises:
             ArtifactError: The folder's `settings.json` has none.
         """
-        path = folder / "settings.json"
+        path = shard_settings(folder)
         if not path.is_file():
             return self
         before = read_json(path)
@@ -90,24 +88,22 @@ class Request:
         return digest.hexdigest()
 
 
-def generate_shards(
-    request: Request, engine: Engine, topology: Topology, tokenizer: Tokenizer, folder: Path
-) -> list[Response]:
-    """Generates the shards that are not there yet; returns all answers in the order of the prompts, on every rank.
+def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenizer: Tokenizer, folder: Path) -> Request:
+    """Generates the shards that are not there yet; when a rank returns, all of them are.
 
-    A folder that was begun with another shard size is finished with that one.
+    Returns:
+        By what `read_shards` reads them: a folder that was begun with another shard size is finished with that one.
 
     Raises:
-        ArtifactError: The folder holds answers that were made with other settings, or a torn shard.
+        ArtifactError: The folder holds answers that were made with other settings, or a rank has read other prompts.
     """
-    wanted_size, request = request.shard_size, request.continued_in(folder)
-    shards = request.shards()
-    pending = [number for number in range(len(shards)) if not shard_path(folder, number).is_file()]
-    dist.barrier()  # every rank has looked before any rank writes
-    if topology.speaks:
-        _bind(folder, request.settings())
-        if request.shard_size != wanted_size:
-            _log.info("%s: was begun with %d prompts a shard and keeps that", folder, request.shard_size)
+    size = on_first_rank(lambda: asked.continued_in(folder).shard_size, topology)
+    request = replace(asked, shard_size=size)
+    if size != asked.shard_size and topology.speaks:
+        _log.info("%s: was begun with %d prompts a shard and keeps that", folder, size)
+    shards, settings = request.shards(), request.settings()
+    refuse_stale_facts(f"{folder} ({request.purpose})", settings, topology)
+    pending = on_first_rank(lambda: _pending(folder, settings, len(shards)), topology)
     mine = pending[topology.dp_rank :: topology.dp_size]
     if len(pending) < len(shards) and topology.speaks:
         _log.info("%s: %d of %d shards are already there", folder, len(shards) - len(pending), len(shards))
@@ -116,8 +112,19 @@ def generate_shards(
             lines = [response.line() for response in _answer_shard(request, shards[number], engine, tokenizer, bar)]
             if topology.is_output_rank:
                 write_text(shard_path(folder, number), "".join(lines))
-    dist.barrier()
-    return read_shards(request, folder)
+    wait_for_all_ranks()
+    return request
+
+
+def _pending(folder: Path, settings: dict[str, Any], count: int) -> list[int]:
+    """Numbers of the shards that are not there yet, of a folder that is bound to these settings.
+
+    The folder is listed: had a network file system been asked for a single absent file, it might remember the absence
+    for a while after another node has written the file.
+    """
+    _bind(folder, settings)
+    there = {path.name for path in folder.iterdir()}
+    return [number for number in range(count) if shard_path(folder, number).name not in there]
 
 
 def _bind(folder: Path, settings: dict[str, Any]) -> None:

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-import torch.distributed as dist
-
 from megatron_tspin.checkpoint.policies import policy_checkpoint
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
@@ -16,9 +14,9 @@ from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import evaluate_policy
 from megatron_tspin.generation.player import Player, load_player
-from megatron_tspin.generation.shards import Prompt
+from megatron_tspin.generation.shards import Prompt, read_shards
 from megatron_tspin.objective.roles import stored_roles
-from megatron_tspin.parallel import distributed
+from megatron_tspin.parallel import Topology, distributed, on_first_rank, wait_for_all_ranks
 from megatron_tspin.records import Response, RolloutSummary
 from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, shard_summary
 from megatron_tspin.storage import write_json, write_text
@@ -27,10 +25,17 @@ from megatron_tspin.storage import write_json, write_text
 @contextmanager
 def _player(config: Config, load: Path | None, policy: int) -> Iterator[Player]:
     """The policy in the generation layout, inside its process group."""
-    layout = config.generation_layout()
-    with distributed(layout, config.seed) as topology:
-        checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy)
-        yield load_player(config, layout, topology, checkpoint)
+    with distributed(config.generation_layout(), config.seed) as topology:
+        yield _load(config, topology, load, policy)
+
+
+def _load(config: Config, topology: Topology, load: Path | None, policy: int) -> Player:
+    """The checkpoint `load`, or the run's own of policy number `policy`."""
+    folder = RunFolder(Path(config.run_dir))
+    checkpoint = load or on_first_rank(lambda: policy_checkpoint(folder, policy), topology)
+    player = load_player(config, config.generation_layout(), topology, checkpoint)
+    wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
+    return player
 
 
 def rollout_run(config: Config, iteration: int) -> None:
@@ -62,14 +67,17 @@ def _answer_training_prompts(
     prompts = open_documents(document_stem(folder.data, TRAIN, "prompt"))
     ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
     wanted = [Prompt(identifier, prompts[index]) for index, identifier in enumerate(ids)]
-    responses = player.answer(wanted, purpose, shards)
-    if player.topology.speaks:
+    request = player.answer(wanted, purpose, shards)
+
+    def write() -> None:
+        responses = read_shards(request, shards)
         facts = {**binding_facts(prompts), **player.facts, "purpose": purpose}
         stem = document_stem(documents, TRAIN, role)
         write_documents(stem, [response.response_ids for response in responses], player.vocab_size, facts)
         annotated = open_documents(document_stem(folder.data, TRAIN, "annotated"))
         write_json(shard_summary(shards), summarise(responses, player.eos_id, annotated).model_dump())
-    dist.barrier()
+
+    on_first_rank(write, player.topology)
 
 
 def summarise(responses: Sequence[Response], eos_id: int, annotated: Documents) -> RolloutSummary:
@@ -87,13 +95,11 @@ def summarise(responses: Sequence[Response], eos_id: int, annotated: Documents) 
 
 
 def _evaluate(config: Config, player: Player, policy: int, output: Path) -> None:
-    if output.is_file():
+    if on_first_rank(output.is_file, player.topology):
         return
     folder = RunFolder(Path(config.run_dir))
     evaluation = evaluate_policy(config, player, policy, folder.data, output)
-    if player.topology.speaks:
-        write_text(output, evaluation.model_dump_json(indent=2) + "\n")
-    dist.barrier()
+    on_first_rank(lambda: write_text(output, evaluation.model_dump_json(indent=2) + "\n"), player.topology)
 
 
 def evaluate_file(config: Config, load: Path, iteration: int, output: Path) -> None:
@@ -105,10 +111,15 @@ def evaluate_file(config: Config, load: Path, iteration: int, output: Path) -> N
         iteration: Number to report it under; also part of the key of the sampled answers.
         output: JSON file (`records.Evaluation`); the answers go into a folder of the same name.
     """
-    if config.data.held_out is None or not examples_path(RunFolder(Path(config.run_dir)).data, HELD_OUT).is_file():
-        raise InputError("nothing to evaluate on: set data.held_out (--held-out) and run `tspin tokenize` first")
-    with _player(config, load, iteration) as player:
-        _evaluate(config, player, iteration, output)
+    examples = examples_path(RunFolder(Path(config.run_dir)).data, HELD_OUT)
+
+    def refuse_without_examples() -> None:
+        if config.data.held_out is None or not examples.is_file():
+            raise InputError("nothing to evaluate on: set data.held_out (--held-out) and run `tspin tokenize` first")
+
+    with distributed(config.generation_layout(), config.seed) as topology:
+        on_first_rank(refuse_without_examples, topology)
+        _evaluate(config, _load(config, topology, load, iteration), iteration, output)
 
 
 def generate_file(config: Config, load: Path, prompts: Path, output: Path, iteration: int) -> None:

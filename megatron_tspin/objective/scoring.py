@@ -15,7 +15,7 @@ from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.forward import run_rows
 from megatron_tspin.objective.packing import Packing, Shape, plan_rows, work_model
 from megatron_tspin.objective.rows import Pair, Rows, pack_row
-from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas
+from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas, wait_for_all_ranks
 from megatron_tspin.platform import device
 
 _ROWS_PER_STAGE = 4
@@ -44,6 +44,7 @@ def score_pairs(
     chunks = [model] if isinstance(model, PolicyModel) else list(model)
     work = work_model(chunks[0].architecture)
     draws = description is not None and topology.speaks
+    wait_for_all_ranks()  # ranks may come from loading the model, which takes one longer than another
     with torch.no_grad(), progress_bar(description or "", len(pairs), "response", draws) as bar:
         for bundles in _portions(
             _shared(pairs, row_tokens), row_tokens * _ROWS_PER_STAGE * topology.pp_size * topology.dp_size
@@ -66,6 +67,7 @@ def score_pairs(
                 indices = [index for each in members for bundle in each for index in bundle.indices]
                 scores[torch.tensor(indices, dtype=torch.int64, device=device())] = torch.cat(outputs).double()
             bar.update(sum(len(bundle.responses) for bundle in bundles))
+    wait_for_all_ranks()  # replicas meet again only here, after all of their rows
     broadcast_from_last_pipeline_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values

@@ -22,7 +22,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import has_reference
 from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import Topology
+from megatron_tspin.parallel import Topology, on_first_rank
 from megatron_tspin.precision import describe
 from megatron_tspin.records import Differences, MarginNoise, PrecisionNoise, Response, read_records
 from megatron_tspin.run_folder import RunFolder, shard_path, shard_settings
@@ -76,9 +76,7 @@ def score_in_fp32(
     Raises:
         DivergenceError: A log-prob is not finite even in fp32.
     """
-    known = RunFolder(Path(config.run_dir)).precision(iteration).is_file()
-    # Loading is collective: every rank has looked by the time that rank 0 writes the file.
-    if known or not config.precision.rescores:
+    if not config.precision.rescores or on_first_rank(_file(config, iteration).is_file, topology):
         return None
     began = time.perf_counter()
     indices = source.sample(config.precision.rescored_prompts)
@@ -114,9 +112,13 @@ def measure_noise(rescoring: Rescoring, model: Sequence[PolicyModel]) -> Precisi
     if rescoring.topology.speaks:
         noise = _with_drift(noise, rescoring, trained)
         noise = noise.model_copy(update={"seconds": rescoring.seconds + time.perf_counter() - began})
-        write_json(RunFolder(Path(rescoring.config.run_dir)).precision(rescoring.iteration), noise.model_dump())
+        write_json(_file(rescoring.config, rescoring.iteration), noise.model_dump())
         _log_noise(noise)
     return noise
+
+
+def _file(config: Config, iteration: int) -> Path:
+    return RunFolder(Path(config.run_dir)).precision(iteration)
 
 
 def _scores(model: Sequence[PolicyModel], topology: Topology, triplets: Sequence[Triplet], description: str) -> ByRole:

@@ -23,7 +23,7 @@ from megatron_tspin.models.policy import num_parameters
 from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import distributed
+from megatron_tspin.parallel import distributed, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse
@@ -57,8 +57,10 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
     with distributed(config.parallel, config.seed, config.precision.tokens_multiple) as topology:
         roles = computed_roles(config.objective.method, iteration_beta(config, iteration))
         source = TripletSource(config, iteration, roles)
-        resumed = latest_checkpoint(checkpoints)
-        start = load or policy_checkpoint(folder, iteration)
+        documents = source.digests()
+        refuse_stale_facts(f"iteration {iteration}, the documents to train on", documents, topology)
+        resumed = on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
+        start = load or on_first_rank(lambda: policy_checkpoint(folder, iteration), topology)
         rescoring = score_in_fp32(config, iteration, topology, source, start)
         model = load_chunks(architecture, config.parallel, config.training, config.precision, topology, start)
         _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
@@ -66,7 +68,7 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         _log_rows(config)
         noise = measure_noise(rescoring, model) if rescoring is not None else None
         if has_reference(config.objective.method):
-            facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": source.digests()}
+            facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         if resumed is not None:
@@ -101,6 +103,7 @@ def _resume(trainer: Trainer, checkpoint: Path) -> int:
 def _train(
     trainer: Trainer, source: TripletSource, checkpoints: Path, folder: RunFolder, noise: PrecisionNoise | None
 ) -> None:
+    wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
     topology, training = trainer.topology, trainer.config.training
     interval = training.save_interval or trainer.num_steps
     writer = None

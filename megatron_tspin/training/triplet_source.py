@@ -37,7 +37,8 @@ class TripletSource:
         self._documents = open_role_documents(document_stem(folder.data, TRAIN, "prompt"), stems)
         self._sidecars = {role: file_of(stem, "json") for role, stem in stems.items()}
         self._roles = roles
-        self._ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
+        self.ids: list[str] = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
+        """The examples' ids, in document order."""
         batch_size = config.training.global_batch_size
         count = self._documents.num_examples
         packing = row_packing(config)
@@ -61,10 +62,6 @@ class TripletSource:
         """The triplets of an optimizer step, counted from 0."""
         return [self.triplet(index) for index in self._sampler.batch(step)]
 
-    def all(self) -> list[Triplet]:
-        """Every triplet, in document order."""
-        return [self.triplet(index) for index in range(self._documents.num_examples)]
-
     def sample(self, count: int) -> list[int]:
         """Indices of up to `count` examples, drawn at random for this iteration, in document order."""
         return sample_examples(self._documents.num_examples, count, *self._key)
@@ -72,7 +69,7 @@ class TripletSource:
     def triplet(self, index: int) -> Triplet:
         """Example `index` with its responses."""
         return Triplet(
-            id=self._ids[index],
+            id=self.ids[index],
             prompt=self._documents.prompt(index),
             responses={
                 role: self._documents.response(role, index)[:length]
@@ -93,10 +90,10 @@ class TripletSource:
         if packing is None:
             return shapes
         if over_capacity == "refuse":
-            check_capacity(shapes, self._ids, packing)
+            check_capacity(shapes, self.ids, packing)
             return shapes
-        cut = [truncated(shape, packing, identifier) for shape, identifier in zip(shapes, self._ids, strict=True)]
-        changed = [identifier for identifier, old, new in zip(self._ids, shapes, cut, strict=True) if old != new]
+        cut = [truncated(shape, packing, identifier) for shape, identifier in zip(shapes, self.ids, strict=True)]
+        changed = [identifier for identifier, old, new in zip(self.ids, shapes, cut, strict=True) if old != new]
         if changed:
             _log.warning(
                 "responses of %d of %d triplets were cut to fit into rows of %d tokens: prompts %s",

@@ -1,11 +1,13 @@
 """Generation equals transformers token for token, and depends on neither layout nor batch."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import EOS, NEW_TOKENS, answer, greedy_by_transformers
+from tests.generation.answers import EOS, NEW_TOKENS, answer, greedy_by_transformers, load
+from tests.rank_pool import in_layout
 from tests.rounding import all_within
 
 pytestmark = pytest.mark.exact
@@ -15,6 +17,7 @@ LAYOUTS = {
     "tp2": ParallelSection(tensor_model_parallel_size=2),
     "pp2": ParallelSection(pipeline_model_parallel_size=2),
 }
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize("kind", ["tied", "llama3_rope", "mistral_window"])
@@ -46,3 +49,38 @@ def test_log_probs_as_sampled_are_those_that_training_computes(ranks: Any, tiny_
         assert ended == (ids[-1] == EOS)
         assert EOS not in ids[:-1]
         all_within("log-prob", [sum(log_probs)], [scored])
+
+
+def answer_at_near_ties(folder: Path, layout: ParallelSection, temperature: float) -> list[list[int]]:
+    """On ranks: ids of answers where the two best tokens tie but for rounding, the other way on odd ranks."""
+    import torch
+
+    from megatron_tspin.generation.engine import Engine
+    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+
+    def near_tie(*arguments: Any) -> Any:
+        logits = forward(*arguments)
+        if logits is None:
+            return None
+        best, second = logits.topk(2).indices.split(1, dim=-1)
+        value = logits.gather(1, best)
+        towards = torch.full_like(value, torch.inf if topology.rank % 2 else -torch.inf)
+        return logits.scatter(1, second, torch.nextafter(value, towards))
+
+    prompts = [[5], [7, 8, 9], [40] * 6]
+    uniforms = [keyed_uniforms(3, "tie", str(index), NEW_TOKENS) for index in range(len(prompts))]
+    with in_layout(layout) as topology:
+        engine = Engine(load(folder, layout, topology), topology, EOS)
+        forward = engine._forward
+        engine._forward = near_tie  # type: ignore[method-assign]
+        return [answer.ids for answer in engine.answer(prompts, uniforms, Decoding(temperature, 1.0, 0, NEW_TOKENS))]
+
+
+@pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, TP2_PP2], ids=str)
+def test_ranks_whose_logits_differ_by_rounding_go_on_with_one_answer(
+    layout: dict[str, int], ranks: Any, tiny_checkpoint: Any
+) -> None:
+    parallel = ParallelSection(**layout)
+    found = ranks(parallel.world_size).run(answer_at_near_ties, tiny_checkpoint("untied"), parallel, 0.0)
+    assert all(ids == found[0] for ids in found)
+    assert max(map(len, found[0])) > 1

@@ -56,8 +56,15 @@ def test_refusals(name: str, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("score", [None, "1", -0.1, 1.1, float("nan")])
 def test_scores_have_to_be_shares(score: Any) -> None:
-    with pytest.raises(InputError, match=r"the scorer returned .* for example q7; it must return a number from 0 to 1"):
+    with pytest.raises(InputError, match=r"the scorer `<lambda>` returned .* for example q7; it must return a number"):
         score_answer(lambda record, text: score, {}, "", "q7")
+
+
+def test_a_scorer_that_fails_is_named_with_its_line_and_the_example(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    with pytest.raises(InputError) as caught:
+        score_answer(load_scorer(f"{tmp_path}/mine.py:judge"), {}, "4", "q7")
+    assert str(caught.value) == f"{tmp_path}/mine.py:12: the scorer `judge` failed for example q7: KeyError: 'answer'"
 
 
 @pytest.mark.parametrize("score", [True, 0, 1, 0.25])

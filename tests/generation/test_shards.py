@@ -1,6 +1,7 @@
 """Shards: only what is missing is generated, and only what belongs together is read."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
 from megatron_tspin.run_folder import shard_path
 from tests.rank_pool import in_layout
+from tests.stale_disk import stale_on_rank_1
 
 COUNT = 7
 
@@ -44,25 +46,26 @@ class Letters:
         return " ".join(map(str, ids))
 
 
-def generate(what: Request, folder: Path, layout: ParallelSection) -> Any:
+def generate(what: Request, folder: Path, layout: ParallelSection, stale: bool = False) -> Any:
+    """On ranks: what is then read from the folder, and the prompts that this rank's engine was asked for."""
     from megatron_tspin.generation.shards import generate_shards
 
     with in_layout(layout) as topology:
         engine: Any = Echo()
         tokenizer: Any = Letters()
-        found = generate_shards(what, engine, topology, tokenizer, folder)
-        return [response.model_dump() for response in found], engine.asked
+        with stale_on_rank_1(*[folder] * stale):
+            generate_shards(what, engine, topology, tokenizer, folder)
+        return [response.model_dump() for response in read_shards(what, folder)], engine.asked
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"data_parallel_size": 2}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
-    ids=str,
-)
+LAYOUTS = [{}, {"data_parallel_size": 2}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ranks: Any, tmp_path: Path) -> None:
     parallel = ParallelSection(**layout)
     found = ranks(parallel.world_size).run(generate, request(), tmp_path / "s", parallel)
@@ -112,6 +115,31 @@ def test_broken_settings_of_shards_are_refused(text: str, ranks: Any, tmp_path: 
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"settings.json: not the settings of generated shards"):
         ranks(1).run(generate, request(), tmp_path, ParallelSection())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_a_rank_that_sees_no_shards_makes_none_again(layout: dict[str, int], ranks: Any, tmp_path: Path) -> None:
+    parallel = ParallelSection(**layout)
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    before = contents(tmp_path)
+    shard_path(tmp_path, 1).unlink()
+    found = ranks(2).run(generate, request(), tmp_path, parallel, True)
+    asked = [[sorted(prompt) for prompt in prompts] for _, prompts in found]
+    missing = [list(prompt.ids) for prompt in request().prompts[3:6]]
+    assert sorted(asked[0]) == sorted(missing)
+    assert sorted(asked[1]) == ([] if parallel.data_parallel_size == 2 else sorted(missing))
+    assert contents(tmp_path) == before
+
+
+def test_ranks_that_read_other_prompts_do_not_begin(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="rank 1 reads another state of the disk: prompts_sha256 is"):
+        ranks(2).run(generate_others_on_rank_1, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def generate_others_on_rank_1(folder: Path) -> Any:
+    prompts = [Prompt(f"p{i}", [4 + int(os.environ["RANK"])]) for i in range(COUNT)]
+    return generate(request(prompts=prompts), folder, ParallelSection(tensor_model_parallel_size=2))
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [

@@ -20,7 +20,7 @@ from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem
 from megatron_tspin.training.triplet_source import TripletSource
 from tests.rank_pool import in_layout
 from tests.training.trajectory import make_config
-from tests.training.triplet_files import FACTS, LENGTHS, document, expected, write_triplets
+from tests.training.triplet_files import FACTS, LENGTHS, all_of, document, expected, write_triplets
 
 SHARD_SIZE = 3
 ANSWER = -2.5
@@ -304,7 +304,7 @@ def test_answers_cut_to_a_row_are_compared_as_far_as_they_go(build: Build, ranks
     cut = {"training.row_capacity": 40, "training.over_capacity": "truncate"}
     config = build(**cut, **{"objective.method": "spin"})
     run(ranks, config, policy)
-    triplets = TripletSource(config, 1, ROLES[:2]).all()
+    triplets = all_of(TripletSource(config, 1, ROLES[:2]))
     assert len(triplets[4].responses["synthetic"]) < LENGTHS[4][2]
     pairs = [pair for triplet in triplets for pair in triplet.pairs()]
     scores = ranks(1).run(scores_at, Path(config.model.hf_checkpoint), PrecisionSection(bf16=True), pairs)[0][1::2]

@@ -12,7 +12,7 @@ from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.training.triplet_source import TripletSource
 from tests.training.trajectory import make_config
-from tests.training.triplet_files import LENGTHS, document, expected, write_triplets
+from tests.training.triplet_files import LENGTHS, all_of, document, expected, write_triplets
 
 ITERATION = 2
 
@@ -35,7 +35,7 @@ def build(tmp_path: Path, tiny_checkpoint: Any) -> Build:
 @pytest.mark.parametrize("roles", [ROLES, ROLES[:2], ROLES[:1]], ids=len)
 def test_triplets_are_those_of_the_documents(roles: tuple[str, ...], build: Build) -> None:
     source = TripletSource(build(), ITERATION, roles)
-    for index, triplet in enumerate(source.all()):
+    for index, triplet in enumerate(all_of(source)):
         assert triplet.id == f"ex-{index}" and triplet.reference is None
         assert triplet.prompt == document(index, 0, LENGTHS[index][0])
         assert triplet.responses == {role: expected(index, role) for role in roles}
@@ -102,7 +102,7 @@ def test_unshared_prompts_need_room(build: Build) -> None:
 def test_padded_rows_have_no_capacity(build: Build) -> None:
     padded = {"training.layout": "padded", "training.row_capacity": 8, "training.micro_batch_size": 3}
     source = TripletSource(build(**padded), ITERATION, ROLES)
-    assert [len(triplet.responses["synthetic"]) for triplet in source.all()] == [5, 9, 1, 8, 60, 2, 7, 5]
+    assert [len(triplet.responses["synthetic"]) for triplet in all_of(source)] == [5, 9, 1, 8, 60, 2, 7, 5]
 
 
 def test_long_triplets_are_cut_and_named(build: Build, caplog: pytest.LogCaptureFixture) -> None:
@@ -110,7 +110,7 @@ def test_long_triplets_are_cut_and_named(build: Build, caplog: pytest.LogCapture
     with caplog.at_level("WARNING", logger="megatron_tspin"):
         source = TripletSource(cut, ITERATION, ROLES)
     assert "responses of 2 of 8 triplets were cut to fit into rows of 40 tokens: prompts ex-1, ex-4" in caplog.text
-    triplets = source.all()
+    triplets = all_of(source)
     assert triplets[1].responses == {
         "annotated": expected(1, "annotated", 20), "synthetic": expected(1, "synthetic"), "proto": expected(1, "proto"),
     }  # fmt: skip

@@ -2,8 +2,10 @@
 
 from megatron_tspin.data.annotated import Example, write_examples
 from megatron_tspin.data.indexed import write_documents
+from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import ROLES
 from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
+from megatron_tspin.training.triplet_source import TripletSource
 
 FACTS = {"tokenizer_fingerprint": "t", "template_fingerprint": "p", "examples_sha256": "e"}
 LENGTHS = [
@@ -28,6 +30,11 @@ def expected(example: int, role: str, length: int | None = None) -> list[int]:
     """A response, or its first `length` tokens."""
     number = ROLES.index(role) + 1
     return document(example, number, LENGTHS[example][number])[:length]
+
+
+def all_of(source: TripletSource) -> list[Triplet]:
+    """Every triplet, in document order."""
+    return [source.triplet(index) for index in range(len(source.ids))]
 
 
 def write_triplets(folder: RunFolder, iteration: int) -> None:
