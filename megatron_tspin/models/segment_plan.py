@@ -156,7 +156,7 @@ def _side_by_side(bundle: Bundle) -> float:
 
 
 def _block_by_block(bundle: Bundle, call: float) -> float:
-    """The price in pairs: a square of the prompt with its first response, a square and a rectangle of each other one."""
+    """The price in pairs: a square of the prompt with its first response, a square and a rectangle of each other."""
     first, *others = [size for size in bundle.responses if size] or [0]
     pairs = _triangle(bundle.prompt + first) + sum(_triangle(size) + size * bundle.prompt for size in others)
     return pairs + call * (len(others) + (2 if others else 1))

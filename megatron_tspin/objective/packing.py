@@ -76,8 +76,8 @@ class WorkModel:
 def work_model(architecture: Architecture) -> WorkModel:
     """Counts the operations of an architecture; norms, rotary angles and activation functions are left out."""
     hidden, heads = architecture.hidden_size, architecture.num_heads * architecture.head_dim
-    groups = architecture.num_kv_heads * architecture.head_dim
-    weights = hidden * (heads + 2 * groups) + heads * hidden + 3 * hidden * architecture.ffn_hidden_size
+    keys = architecture.num_kv_heads * architecture.head_dim
+    weights = hidden * (heads + 2 * keys) + heads * hidden + 3 * hidden * architecture.ffn_hidden_size
     return WorkModel(
         per_token=2.0 * architecture.num_layers * weights,
         per_pair=4.0 * architecture.num_layers * heads,
