@@ -1,9 +1,16 @@
-"""Which checkpoint holds which policy of a run."""
+"""Which checkpoint holds which policy of a run, and policies with the weights of a checkpoint."""
 
 from pathlib import Path
 
-from megatron_tspin.checkpoint.store import latest_checkpoint
+from megatron_tspin.checkpoint.manifest import latest_checkpoint
+from megatron_tspin.checkpoint.store import load_checkpoint
+from megatron_tspin.config import ParallelSection, TrainingSection
+from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError
+from megatron_tspin.models.build import build_chunks
+from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.parallel import Topology
 from megatron_tspin.run_folder import RunFolder
 
 
@@ -25,3 +32,30 @@ def policy_checkpoint(folder: RunFolder, policy: int) -> Path:
     if found is None:
         raise ArtifactError(f"{checkpoints}: no whole checkpoint; `tspin run` with the same config makes it again")
     return found
+
+
+def load_policy(
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    precision: PrecisionSection,
+    topology: Topology,
+    folder: Path,
+) -> PolicyModel:
+    """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
+    (model,) = load_chunks(architecture, parallel, training, precision, topology, folder)
+    return model
+
+
+def load_chunks(
+    architecture: Architecture,
+    parallel: ParallelSection,
+    training: TrainingSection,
+    precision: PrecisionSection,
+    topology: Topology,
+    folder: Path,
+) -> list[PolicyModel]:
+    """As `load_policy`, a model for each virtual stage of this rank."""
+    chunks = build_chunks(architecture, parallel, training, precision, topology)
+    load_checkpoint(folder, chunks, topology)
+    return chunks

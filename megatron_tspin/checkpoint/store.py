@@ -26,9 +26,7 @@ from megatron_tspin.checkpoint.in_process_save import InProcessSave
 from megatron_tspin.checkpoint.manifest import (
     check_files,
     describe_files,
-    latest_checkpoint,
     read_manifest,
-    verify_checkpoint,
     write_manifest,
 )
 from megatron_tspin.checkpoint.optimizer_state import (
@@ -39,100 +37,12 @@ from megatron_tspin.checkpoint.optimizer_state import (
     sharded_state,
 )
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
-from megatron_tspin.config import ParallelSection, TrainingSection
-from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
-from megatron_tspin.platform import device
-from megatron_tspin.precision import check_machine, check_transformer_engine
 from megatron_tspin.storage import fsync_path
-
-__all__ = [
-    "build_chunks",
-    "build_policy",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "load_chunks",
-    "load_masters",
-    "load_policy",
-    "save_checkpoint",
-    "verify_checkpoint",
-]
-
-
-def build_policy(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-) -> PolicyModel:
-    """This rank's part of the policy on its device, its weights still undefined.
-
-    Raises:
-        InputError: The layout does not fit the architecture.
-    """
-    (model,) = build_chunks(architecture, parallel, training, precision, topology)
-    return model
-
-
-def build_chunks(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-) -> list[PolicyModel]:
-    """As `build_policy`, a model for each virtual stage of this rank, in the order of its layers."""
-    architecture.check_layout(parallel)
-    architecture.check_precision(parallel, precision)
-    check_machine(precision)
-    if training.packed_attention == "thd":
-        check_transformer_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
-    provide = make_model_provider(architecture, parallel, training, precision)
-    last = topology.num_virtual_stages - 1
-    chunks = [
-        provide(
-            pre_process=topology.is_first_pipeline_stage and stage == 0,
-            post_process=topology.is_last_pipeline_stage and stage == last,
-            vp_stage=stage if last else None,
-        )
-        for stage in range(last + 1)
-    ]
-    for chunk in chunks:
-        chunk.to(device())
-    return chunks
-
-
-def load_policy(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-    folder: Path,
-) -> PolicyModel:
-    """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
-    (model,) = load_chunks(architecture, parallel, training, precision, topology, folder)
-    return model
-
-
-def load_chunks(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-    folder: Path,
-) -> list[PolicyModel]:
-    """As `load_policy`, a model for each virtual stage of this rank."""
-    chunks = build_chunks(architecture, parallel, training, precision, topology)
-    load_checkpoint(folder, chunks, topology)
-    return chunks
 
 
 @torch.no_grad()

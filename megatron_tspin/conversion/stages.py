@@ -3,19 +3,16 @@
 from pathlib import Path
 
 from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
-from megatron_tspin.checkpoint.store import (
-    build_policy,
-    latest_checkpoint,
-    load_policy,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from megatron_tspin.checkpoint.manifest import latest_checkpoint, verify_checkpoint
+from megatron_tspin.checkpoint.policies import load_policy
+from megatron_tspin.checkpoint.store import save_checkpoint
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.log import get_logger
+from megatron_tspin.models.build import build_policy
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tspin.checkpoint.store import load_chunks
+from megatron_tspin.checkpoint.policies import load_chunks
 from megatron_tspin.config import Config
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import DivergenceError, InputError

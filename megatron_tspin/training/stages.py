@@ -5,15 +5,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tspin.checkpoint.policies import policy_checkpoint, step_folder
-from megatron_tspin.checkpoint.store import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_chunks,
-    load_masters,
-    load_policy,
-    save_checkpoint,
-)
+from megatron_tspin.checkpoint.manifest import latest_checkpoint
+from megatron_tspin.checkpoint.policies import load_chunks, load_policy, policy_checkpoint, step_folder
+from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger

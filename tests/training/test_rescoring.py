@@ -97,7 +97,7 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
     import weakref
     from unittest.mock import patch
 
-    from megatron_tspin.checkpoint import store
+    from megatron_tspin.checkpoint import policies
     from megatron_tspin.training import rescoring, stages
 
     seen: list[tuple[bool, list[bool]]] = []
@@ -105,7 +105,7 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
 
     def load(*arguments: Any) -> Any:
         there = [reference() is not None for reference in alive]
-        chunks = store.load_chunks(*arguments)
+        chunks = policies.load_chunks(*arguments)
         seen.append((chunks[0].config.bf16, there))
         alive.append(weakref.ref(chunks[0]))
         return chunks
