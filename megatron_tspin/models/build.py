@@ -1,5 +1,11 @@
 """This rank's part of a policy, built on its device; its weights come from a checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.hf_config import Architecture
@@ -52,3 +58,23 @@ def build_chunks(
     for chunk in chunks:
         chunk.to(device())
     return chunks
+
+
+@contextmanager
+def without_storage(vocabulary_rows: int) -> Iterator[None]:
+    """Policies built within the block have parameters of one element, seen as many: their `data` is to be replaced.
+
+    Args:
+        vocabulary_rows: Matrices with so many rows keep their storage: while a model is built, megatron-core exchanges
+            tied embeddings over PP.
+    """
+
+    def shrink(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+        if parameter is not None and parameter.shape[0] != vocabulary_rows:
+            parameter.data = parameter.data.new_empty(1).expand(parameter.shape)
+
+    handle = register_module_parameter_registration_hook(shrink)
+    try:
+        yield
+    finally:
+        handle.remove()
