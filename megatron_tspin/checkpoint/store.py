@@ -25,12 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tspin.checkpoint.fp8_state import delayed_scaling_state, history_length, restore
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
-from megatron_tspin.checkpoint.manifest import (
-    check_files,
-    describe_files,
-    read_manifest,
-    write_manifest,
-)
+from megatron_tspin.checkpoint.manifest import describe_files, write_manifest
 from megatron_tspin.checkpoint.optimizer_state import (
     check_continues,
     describe_optimizer,
@@ -42,6 +37,7 @@ from megatron_tspin.checkpoint.optimizer_state import (
 )
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.checkpoint.shards import bare_policies, by_place, sharded_parameters, whole_shards
+from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.errors import ArtifactError, InputError, StageError
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
@@ -135,7 +131,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint into the policy, whatever layout it was saved under. Values are cast to the parameters' dtype.
 
-    Every file is checked against the manifest before any is opened.
+    Every file is checked against the manifest before any is opened, see `verification`.
 
     Args:
         folder: The checkpoint.
@@ -201,7 +197,7 @@ def load_masters(
 
 def _check(folder: Path, policy: PolicyModel, topology: Topology) -> dict[str, Any]:
     """The manifest of a checkpoint that is whole and of the policy's architecture."""
-    manifest = _verify(folder, topology)
+    manifest = verify_together(folder, topology)
     _check_architecture(folder, policy.architecture, manifest["facts"]["architecture"])
     _check_format(folder, manifest["facts"]["megatron_core"])
     return manifest
@@ -244,25 +240,6 @@ def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         # torch's CheckpointException is no Exception: it would pass every other handler.
         raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
     return loaded
-
-
-def _verify(folder: Path, topology: Topology) -> dict[str, Any]:
-    """`verify_checkpoint` with the hashing spread over the ranks; all of them raise, or none."""
-    manifest: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        problems = [str(error)]
-    else:
-        names = sorted(manifest["files"])[topology.rank :: topology.world_size]
-        problems = check_files(folder, {name: manifest["files"][name] for name in names})
-    shares: list[list[str]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(shares, problems)
-    found = sorted({problem for share in shares for problem in share})
-    if found:
-        raise ArtifactError("\n".join(found))
-    return manifest
 
 
 def _facts(policies: Sequence[PolicyModel], topology: Topology) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _player(config: Config, load: Path | None, policy: int) -> Iterator[Player]:
     """The policy in the generation layout, inside its process group."""
     layout = config.generation_layout()
     with distributed(layout, config.seed) as topology:
-        checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy)
+        checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy, topology)
         yield load_player(config, layout, topology, checkpoint)
 
 

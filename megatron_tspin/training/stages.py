@@ -5,8 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tspin.checkpoint.manifest import latest_checkpoint
-from megatron_tspin.checkpoint.policies import load_policy, policy_checkpoint, step_folder
+from megatron_tspin.checkpoint.policies import load_policy, newest_whole, policy_checkpoint, step_folder
 from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
@@ -51,8 +50,8 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
     with distributed(config.parallel, config.seed, config.precision.tokens_multiple) as topology:
         roles = computed_roles(config.objective.method, iteration_beta(config, iteration))
         source = TripletSource(config, iteration, roles)
-        resumed = latest_checkpoint(checkpoints)
-        start = load or policy_checkpoint(folder, iteration)
+        resumed = newest_whole(checkpoints, topology)
+        start = load or policy_checkpoint(folder, iteration, topology)
         model = build_chunks(architecture, config.parallel, config.training, config.precision, topology)
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         _load_start(trainer, start)
