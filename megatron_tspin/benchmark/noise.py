@@ -90,7 +90,7 @@ def _score(
 ) -> tuple[list[float], float]:
     """Log-probs of all responses, and the seconds that a pass takes."""
     from megatron_tspin.checkpoint.hf_weights import load_hf
-    from megatron_tspin.checkpoint.store import build_policy
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.objective.scoring import score_pairs
 

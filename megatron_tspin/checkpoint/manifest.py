@@ -1,8 +1,7 @@
 """`manifest.json`: what makes a checkpoint whole. No torch here, so the driver can look at checkpoints too."""
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from megatron_tspin.storage import fsync_path, read_json, sha256_file, sha256_te
 NAME = "manifest.json"
 FORMAT = 1
 _FIELDS = {"format", "facts", "state", "files", "sha256"}
-_STEP_FOLDER = re.compile(r"^step_\d{8}$")
 _log = get_logger(__name__)
 
 
@@ -60,57 +58,56 @@ def _digest(manifest: dict[str, Any]) -> str:
     return sha256_text(json.dumps(manifest, sort_keys=True))
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with files that a manifest describes, one line each."""
-    return [
-        problem for name, facts in files.items() for problem in [_check_file(folder / name, name, facts)] if problem
-    ]
+def size_problems(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """Files that a manifest describes and that are missing or not of the described size, one line each."""
+    problems = []
+    for name, facts in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            problems.append(f"{folder / NAME}: names {name!r}, which is not a file beside it")
+        elif not path.is_file():
+            problems.append(f"{path}: missing; {NAME} names it with {facts['size']} bytes")
+        elif path.stat().st_size != facts["size"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, {NAME} says {facts['size']}")
+    return problems
 
 
-def _check_file(path: Path, name: str, facts: dict[str, Any]) -> str | None:
-    if Path(name).name != name:
-        return f"{path.parent / NAME}: names {name!r}, which is not a file beside it"
-    if not path.is_file():
-        return f"{path}: missing; {NAME} names it with {facts['size']} bytes"
-    size = path.stat().st_size
-    if size != facts["size"]:
-        return f"{path}: {size} bytes, {NAME} says {facts['size']}"
-    digest = sha256_file(path)
-    if digest != facts["sha256"]:
-        return f"{path}: SHA-256 {digest}, {NAME} says {facts['sha256']}"
-    return None
+def digest_problems(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """Files of the described size with another SHA-256 than described, one line each. Reads them all."""
+    problems = []
+    for name, facts in files.items():
+        digest = sha256_file(folder / name)
+        if digest != facts["sha256"]:
+            problems.append(f"{folder / name}: SHA-256 {digest}, {NAME} says {facts['sha256']}")
+    return problems
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Checks that every file of a checkpoint is there with its size and SHA-256; returns the manifest.
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """Checks that every file of a checkpoint is there with its size; returns the manifest.
 
     Raises:
-        ArtifactError: Names every file that is not, with the promised and the actual value.
+        ArtifactError: Names every file that is not, with the promised and the actual size.
     """
     manifest = read_manifest(folder)
-    problems = check_files(folder, manifest["files"])
-    if problems:
-        raise ArtifactError("\n".join(problems))
+    _refuse(size_problems(folder, manifest["files"]))
     return manifest
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint of the highest step in a folder (`step_` and its number); None if there is none.
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """As `check_checkpoint`, and reads every file to compare its SHA-256; names all files with problems."""
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    wrong = {name: size_problems(folder, {name: facts}) for name, facts in files.items()}
+    readable = {name: facts for name, facts in files.items() if not wrong[name]}
+    _refuse([*(problem for found in wrong.values() for problem in found), *digest_problems(folder, readable)])
+    return manifest
 
-    Broken ones are passed over with a warning that says what is wrong. Nothing but the manifests is trusted.
-    """
-    return newest(folder, verify_checkpoint)
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ArtifactError("\n".join(problems))
 
 
-def newest(folder: Path, verify: Callable[[Path], Any]) -> Path | None:
-    """As `latest_checkpoint`, with another judge of what is whole."""
-    if not folder.is_dir():
-        return None
-    for candidate in sorted((path for path in folder.iterdir() if _STEP_FOLDER.match(path.name)), reverse=True):
-        try:
-            verify(candidate)
-        except InputError as error:
-            _log.warning("%s is not whole and is passed over: %s", candidate, error)
-        else:
-            return candidate
-    return None
+def warn_of_broken(folder: Path, error: InputError) -> None:
+    """Says that a checkpoint is passed over, and why."""
+    _log.warning("%s is not whole and is passed over: %s", folder, error)

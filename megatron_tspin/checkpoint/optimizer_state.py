@@ -1,121 +1,161 @@
 """The optimizer's tensors under names that do not depend on the layout.
 
-megatron-core's optimizers nest their state differently (fp32, bf16 with masters, sharded over DP), and only for tensors
-does the nesting not matter: each is stored as `optimizer.state.<what>.<parameter>`. A checkpoint holds these and the
-step; hyperparameters come from the config and the schedule. So what one kind of optimizer saved, another one loads.
+megatron-core's optimizers keep their state differently (fp32, bf16 with masters, sharded over DP). Each tensor is
+stored as `optimizer.state.<what>.<parameter>`, in the parameter's shape, by the ranks that hold it. A checkpoint holds
+these and the step; hyperparameters come from the config and the schedule. So what one kind of optimizer saved, another
+one loads.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_tspin.checkpoint.shards import range_shards, whole_shards
 from megatron_tspin.errors import InputError
 
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,  # a name of its own for each layer, counted through the whole network
-}
 _STATE = "optimizer.state."
-_SHARDED_MASTER = _STATE + "param."  # the distributed optimizer's name for it
 _MASTER = _STATE + "fp32_param."
+_FIRST_MOMENT = "exp_avg"
+_SECOND_MOMENT = "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank's optimizer updates of one parameter.
+
+    Attributes:
+        parameter: The model's parameter, with megatron-core's attributes.
+        updated: The parameter itself, its fp32 master, or a flat range of one of them.
+        moments: Of `updated`'s shape, by their names in torch; empty before the first step.
+        start: Of the range; None for the whole parameter.
+    """
+
+    parameter: Any
+    updated: torch.Tensor
+    moments: dict[str, torch.Tensor]
+    start: int | None
+
+    def shards(self, sharded: Any, tensor: torch.Tensor, name: str) -> list[ShardedTensor]:
+        """Describes a tensor of `updated`'s shape to the checkpoint; `sharded` is the parameter."""
+        if self.start is None:
+            return whole_shards(sharded, tensor, name)
+        return range_shards(sharded, tensor, self.start, name)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor of the parameter's shape that belongs to `updated`, a view."""
+        if self.start is None:
+            return tensor
+        return tensor.reshape(-1)[self.start : self.start + self.updated.numel()]
+
+
+def held(optimizer: Any) -> Iterator[Held]:
+    """All that megatron-core's (chained) optimizer updates on this rank."""
+    for part in optimizer.chained_optimizers:
+        for parameter, updated, start in _updated(part):
+            state = part.optimizer.state.get(updated, {})
+            moments = {name: state[name] for name in _moments(part.optimizer) if name in state}
+            yield Held(parameter, updated, moments, start)
+
+
+def _updated(part: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int | None]]:
+    """(parameter, what is updated of it, where that begins)."""
+    if isinstance(part, DistributedOptimizer):
+        for parameter, (group, place) in part.model_param_group_index_map.items():
+            updated = part.optimizer.param_groups[group]["params"][place]
+            yield parameter, updated, part._get_model_param_range_map(parameter)["param"].start
+    elif part.config.bf16:
+        for parameters, masters in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from ((parameter, master, None) for parameter, master in zip(parameters, masters, strict=True))
+    else:
+        for group in part.optimizer.param_groups:
+            yield from ((parameter, parameter, None) for parameter in group["params"])
+
+
+def _moments(inner: Any) -> list[str]:
+    """What a step leaves for the next one. Without momentum the first moment is the last gradient: nobody needs it."""
+    has_momentum = any(group["betas"][0] > 0 for group in inner.param_groups)
+    return [_FIRST_MOMENT, _SECOND_MOMENT] if has_momentum else [_SECOND_MOMENT]
 
 
 def describe_optimizer(optimizer: Any) -> dict[str, Any]:
-    """Facts for the manifest: step, and whether there are fp32 masters beside the parameters."""
-    _initialise(optimizer)
-    return {"step": _step(optimizer), "master_weights": _has_masters(optimizer)}
+    """Facts for the manifest: step, whether there are fp32 masters beside the parameters, and the moments' names."""
+    return {"step": _step(optimizer), "master_weights": has_masters(optimizer), "moments": _all_moments(optimizer)}
 
 
-def sharded_state(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """megatron-core's sharded tensors of the optimizer, by name, to be saved.
+def _all_moments(optimizer: Any) -> list[str]:
+    return sorted({name for part in optimizer.chained_optimizers for name in _moments(part.optimizer)})
+
+
+def sharded_state(optimizer: Any, parameters: dict[str, Any]) -> list[ShardedTensor]:
+    """Describes the optimizer's tensors, to be saved or to be loaded into.
 
     Args:
-        optimizer: megatron-core's, for one model.
-        model_state: The model's own sharded tensors, with the parameters themselves as data.
+        optimizer: megatron-core's.
+        parameters: Those of its model, of `shards.sharded_parameters`.
     """
     _initialise(optimizer)
-    tree = optimizer.sharded_state_dict(model_state, metadata=dict(METADATA))
-    return _named(tree, _has_masters(optimizer))
+    names = {parameter.data: name for name, parameter in parameters.items()}
+    found = []
+    for part in held(optimizer):
+        name = names[part.parameter]
+        tensors = {_STATE + moment: tensor for moment, tensor in part.moments.items()}
+        if has_masters(optimizer):
+            tensors[_MASTER.removesuffix(".")] = part.updated
+        for prefix, tensor in tensors.items():
+            found += part.shards(parameters[name], tensor.detach(), f"{prefix}.{name}")
+    return found
 
 
-def master_weights(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """megatron-core's sharded fp32 masters under the names of their parameters; none where parameters are fp32."""
-    return _as_weights(sharded_state(optimizer, model_state))
+def sharded_masters(optimizer: Any, parameters: dict[str, Any]) -> list[ShardedTensor]:
+    """Describes the fp32 masters under the names of their parameters; none where the parameters are fp32."""
+    if not has_masters(optimizer):
+        return []
+    names = {parameter.data: name for name, parameter in parameters.items()}
+    return [
+        shard
+        for part in held(optimizer)
+        for name in [names[part.parameter]]
+        for shard in part.shards(parameters[name], part.updated.detach(), name)
+    ]
 
 
-class LoadingPlan:
-    """Loads an optimizer in three steps: name what is wanted, let megatron-core read it, put it in place."""
+def check_continues(folder: Path, optimizer: Any, facts: dict[str, Any] | None) -> None:
+    """Refuses to continue from what does not fit.
 
-    def __init__(self, optimizer: Any, model_state: dict[str, Any], step: int, from_weights: bool) -> None:
-        """Says what is wanted.
+    Args:
+        folder: The checkpoint.
+        optimizer: megatron-core's.
+        facts: What the manifest says of the saved optimizer.
 
-        Args:
-            optimizer: megatron-core's.
-            model_state: The model's own sharded tensors.
-            step: Steps that the optimizer has made.
-            from_weights: Only the masters, from the weights of a checkpoint; the rest of the state becomes zero.
-        """
-        _initialise(optimizer)
-        self._optimizer = optimizer
-        self._step = step
-        self._tree = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(METADATA))
-        self._from_weights = from_weights
-        named = _named(self._tree, _has_masters(optimizer))
-        self.wanted = _as_weights(named) if from_weights else named
+    Raises:
+        InputError: The checkpoint has no optimizer, or one of another precision or kind.
+    """
+    if facts is None:
+        raise InputError(f"{folder}: holds no optimizer state; continue from one saved inside an iteration")
+    if facts["master_weights"] != has_masters(optimizer):
+        saved, ours = ("bf16" if flag else "fp32" for flag in (facts["master_weights"], has_masters(optimizer)))
+        raise InputError(
+            f"{folder}: the optimizer was saved in {saved} and cannot continue in {ours}; keep --bf16 as it was"
+        )
+    missing = set(_all_moments(optimizer)) - set(facts.get("moments", _all_moments(optimizer)))
+    if missing:
+        raise InputError(
+            f"{folder}: the saved optimizer has no {', '.join(sorted(missing))}; keep --optimizer as it was"
+        )
 
-    @classmethod
-    def to_continue(
-        cls, folder: Path, optimizer: Any, model_state: dict[str, Any], facts: dict[str, Any] | None
-    ) -> "LoadingPlan":
-        """To go on where the saved optimizer stopped, of which the manifest has `facts`.
 
-        Raises:
-            InputError: The checkpoint has no optimizer, or one of another precision.
-        """
-        if facts is None:
-            raise InputError(f"{folder}: holds no optimizer state; continue from one saved inside an iteration")
-        if facts["master_weights"] != _has_masters(optimizer):
-            saved, ours = ("bf16" if flag else "fp32" for flag in (facts["master_weights"], _has_masters(optimizer)))
-            raise InputError(
-                f"{folder}: the optimizer was saved in {saved} and cannot continue in {ours}; keep --bf16 as it was"
-            )
-        return cls(optimizer, model_state, facts["step"], from_weights=False)
-
-    def finish(self, loaded: dict[str, Any], parameters: dict[str, torch.Tensor]) -> None:
-        """Puts the loaded tensors into the optimizer.
-
-        Args:
-            loaded: What `wanted` was replaced by.
-            parameters: The model's loaded parameters by their sharded name; masters of an fp32 optimizer are these.
-        """
-
-        def value(leaf: Any) -> Any:
-            if not _is_sharded(leaf):
-                return getattr(leaf, "unwrap", lambda: leaf)()
-            name = _name(leaf.key)
-            if name in loaded:
-                return loaded[name]
-            if self._from_weights:
-                return torch.zeros_like(leaf.data)
-            return parameters[name.removeprefix(_MASTER)]
-
-        tree = _map(self._tree, value)
-        of_shards = tree.pop("param_state", None)
-        inner = tree.get("optimizer", tree)
-        counts = all(_counts_by_parameter(part.optimizer) for part in self._optimizer.chained_optimizers)
-        if "state" in inner and counts:  # torch refuses states without a step, fused optimizers those with one
-            inner["state"]["common_step"] = torch.tensor(float(self._step))
-        self._optimizer.load_state_dict(tree)
-        if of_shards is not None:
-            _load_shards(self._optimizer, of_shards)
-        _set_step(self._optimizer, self._step)
+def has_masters(optimizer: Any) -> bool:
+    """Whether the optimizer updates fp32 masters of bf16 parameters."""
+    return bool(optimizer.config.bf16)
 
 
 def _initialise(optimizer: Any) -> None:
-    """Gives every parameter its state, as the first step would: megatron-core can only describe what is there."""
+    """Gives every parameter its state, as the first step would: only what is there can be described."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
         if _counts_by_parameter(part.optimizer):
@@ -131,21 +171,8 @@ def _step(optimizer: Any) -> int:
     return 0
 
 
-def _has_masters(optimizer: Any) -> bool:
-    return bool(optimizer.config.bf16)
-
-
-def _load_shards(optimizer: Any, values: dict[int, Any]) -> None:
-    """Cuts this rank's shards out of whole tensors, for the distributed optimizer."""
-    (part,) = optimizer.chained_optimizers
-    # megatron-core would look for torch's `step` among the tensors, where it is not.
-    for state in part.optimizer.state.values():
-        state.pop("step", None)
-    part.load_parameter_state_from_fully_reshardable(values)
-
-
-def _set_step(optimizer: Any, step: int) -> None:
-    """Sets the step of every parameter, each a tensor of its own: torch counts in place."""
+def set_step(optimizer: Any, step: int) -> None:
+    """Sets the step of every parameter that has a state, each a tensor of its own: torch counts in place."""
     for part in optimizer.chained_optimizers:
         if _counts_by_parameter(part.optimizer):
             for state in part.optimizer.state.values():
@@ -158,46 +185,3 @@ def _set_step(optimizer: Any, step: int) -> None:
 def _counts_by_parameter(inner: Any) -> bool:
     """Whether the step is kept with each parameter, as torch does; fused optimizers keep it in their groups."""
     return isinstance(inner, torch.optim.Adam)
-
-
-def _is_sharded(leaf: Any) -> bool:
-    return hasattr(leaf, "key") and hasattr(leaf, "replica_id")
-
-
-def _name(key: str) -> str:
-    return _MASTER + key.removeprefix(_SHARDED_MASTER) if key.startswith(_SHARDED_MASTER) else key
-
-
-def _named(tree: Any, with_masters: bool) -> dict[str, Any]:
-    """The sharded leaves of a tree by name; without masters where the parameters are their own."""
-    found: dict[str, Any] = {}
-
-    def take(leaf: Any) -> Any:
-        if _is_sharded(leaf):
-            name = _name(leaf.key)
-            if with_masters or not name.startswith(_MASTER):
-                leaf.key = name
-                found[name] = leaf
-        return leaf
-
-    _map(tree, take)
-    return found
-
-
-def _as_weights(named: dict[str, Any]) -> dict[str, Any]:
-    """The masters among an optimizer's tensors, renamed to the parameters that they are."""
-    found = {}
-    for name, leaf in named.items():
-        if name.startswith(_MASTER):
-            leaf.key = name.removeprefix(_MASTER)
-            found[leaf.key] = leaf
-    return found
-
-
-def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """A copy of nested dicts and lists with every leaf replaced."""
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map(value, function) for value in tree]
-    return function(tree)

@@ -18,121 +18,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tspin.checkpoint.fp8_state import delayed_scaling_state, history_length, restore
 from megatron_tspin.checkpoint.in_process_save import InProcessSave
-from megatron_tspin.checkpoint.manifest import (
-    check_files,
-    describe_files,
-    latest_checkpoint,
-    read_manifest,
-    verify_checkpoint,
-    write_manifest,
-)
+from megatron_tspin.checkpoint.manifest import describe_files, write_manifest
 from megatron_tspin.checkpoint.optimizer_state import (
-    METADATA,
-    LoadingPlan,
+    check_continues,
     describe_optimizer,
-    master_weights,
+    has_masters,
+    held,
+    set_step,
+    sharded_masters,
     sharded_state,
 )
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
-from megatron_tspin.config import ParallelSection, TrainingSection
-from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.checkpoint.shards import bare_policies, by_place, sharded_parameters, whole_shards
+from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.errors import ArtifactError, InputError, StageError
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology
-from megatron_tspin.platform import device
-from megatron_tspin.precision import check_machine, check_transformer_engine
 from megatron_tspin.storage import fsync_path
-
-__all__ = [
-    "build_chunks",
-    "build_policy",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "load_chunks",
-    "load_masters",
-    "load_policy",
-    "save_checkpoint",
-    "verify_checkpoint",
-]
-
-
-def build_policy(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-) -> PolicyModel:
-    """This rank's part of the policy on its device, its weights still undefined.
-
-    Raises:
-        InputError: The layout does not fit the architecture.
-    """
-    (model,) = build_chunks(architecture, parallel, training, precision, topology)
-    return model
-
-
-def build_chunks(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-) -> list[PolicyModel]:
-    """As `build_policy`, a model for each virtual stage of this rank, in the order of its layers."""
-    architecture.check_layout(parallel)
-    architecture.check_precision(parallel, precision)
-    check_machine(precision)
-    if training.packed_attention == "thd":
-        check_transformer_engine("training.packed_attention = thd", "--tspin-packed-attention auto")
-    provide = make_model_provider(architecture, parallel, training, precision)
-    last = topology.num_virtual_stages - 1
-    chunks = [
-        provide(
-            pre_process=topology.is_first_pipeline_stage and stage == 0,
-            post_process=topology.is_last_pipeline_stage and stage == last,
-            vp_stage=stage if last else None,
-        )
-        for stage in range(last + 1)
-    ]
-    for chunk in chunks:
-        chunk.to(device())
-    return chunks
-
-
-def load_policy(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-    folder: Path,
-) -> PolicyModel:
-    """Builds this rank's part of the policy and loads its weights; see `build_policy` and `load_checkpoint`."""
-    (model,) = load_chunks(architecture, parallel, training, precision, topology, folder)
-    return model
-
-
-def load_chunks(
-    architecture: Architecture,
-    parallel: ParallelSection,
-    training: TrainingSection,
-    precision: PrecisionSection,
-    topology: Topology,
-    folder: Path,
-) -> list[PolicyModel]:
-    """As `load_policy`, a model for each virtual stage of this rank."""
-    chunks = build_chunks(architecture, parallel, training, precision, topology)
-    load_checkpoint(folder, chunks, topology)
-    return chunks
 
 
 @torch.no_grad()
@@ -157,15 +68,16 @@ def save_checkpoint(
     Raises:
         StageError: A rank could not write, e.g. to a full disk; what was there before is untouched.
     """
-    policies = _bare(model)
-    tensors = _model_state(policies)
+    policies = bare_policies(model)
+    parameters = sharded_parameters(policies)
     facts = _facts(policies, topology)
-    if masters is not None:
-        tensors |= master_weights(masters, tensors)
+    tensors = dict(parameters)
+    if masters is not None and has_masters(masters):
+        tensors = by_place(sharded_masters(masters, parameters))
         facts["dtype"] = "float32"
     if optimizer is not None:
+        tensors |= by_place(sharded_state(optimizer, parameters))
         facts["optimizer"] = describe_optimizer(optimizer)
-        tensors = tensors | sharded_state(optimizer, tensors)
     tensors |= delayed_scaling_state(policies, topology)
     temporary = folder.with_name(folder.name + ".partial")
     if topology.rank == 0:
@@ -219,7 +131,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint into the policy, whatever layout it was saved under. Values are cast to the parameters' dtype.
 
-    Every file is checked against the manifest before any is opened.
+    Every file is checked against the manifest before any is opened, see `verification`.
 
     Args:
         folder: The checkpoint.
@@ -235,44 +147,88 @@ def load_checkpoint(
         InputError: It is of another architecture, has no optimizer that this one could continue from, or comes from a
             newer megatron-core.
     """
-    manifest = _verify(folder, topology)
-    policies = _bare(model)
-    _check_architecture(folder, policies[0].architecture, manifest["facts"]["architecture"])
-    _check_format(folder, manifest["facts"]["megatron_core"])
-    tensors = _model_state(policies)
-    parameters = {name: leaf.data for name, leaf in tensors.items()}
-    plan = None
-    wanted = dict(tensors)
+    policies = bare_policies(model)
+    manifest = _check(folder, policies[0], topology)
+    parameters = sharded_parameters(policies)
+    state = []
     if optimizer is not None:
-        plan = LoadingPlan.to_continue(folder, optimizer, tensors, manifest["facts"]["optimizer"])
-        wanted |= plan.wanted
-    scaling = {}
-    if history_length(policies) is not None and manifest["facts"].get("delayed_scaling") == history_length(policies):
-        scaling = delayed_scaling_state(policies, topology)
-        wanted |= scaling
-    loaded = _load(folder, wanted)
-    restore(scaling, loaded)
-    for name, parameter in parameters.items():
-        parameter.copy_(loaded[name])
+        check_continues(folder, optimizer, manifest["facts"]["optimizer"])
+        state = sharded_state(optimizer, parameters)
+    targets = {name: leaf.data for name, leaf in parameters.items()}
+    _load_weights(folder, manifest, policies, topology, parameters, targets, state)
     for policy in policies:
         weights_changed(policy)
-    if plan is not None:
-        plan.finish(loaded, parameters)
-    state: dict[str, Any] = manifest["state"]
-    return state
+    if optimizer is not None:
+        set_step(optimizer, manifest["facts"]["optimizer"]["step"])
+    return dict(manifest["state"])
 
 
 @torch.no_grad()
-def load_masters(folder: Path, model: torch.nn.Module | Sequence[torch.nn.Module], optimizer: Any) -> None:
-    """Gives a fresh optimizer the weights of a checkpoint, which may be finer than the loaded parameters, as masters.
+def load_masters(
+    folder: Path, model: torch.nn.Module | Sequence[torch.nn.Module], topology: Topology, optimizer: Any
+) -> None:
+    """Loads a checkpoint into a bf16 policy and, as exactly as it was saved, into its fresh optimizer's fp32 masters.
+
+    It is read once, into the gradient buffers: these have fp32 room for every parameter and wait for the first step.
+    Until that clears them, they hold the weights in fp32.
 
     Args:
-        folder: The checkpoint that the model was loaded from.
-        model: As for `save_checkpoint`.
-        optimizer: megatron-core's, for bf16 parameters.
+        folder: The checkpoint.
+        model: megatron-core's DistributedDataParallel, or those of all virtual stages.
+        topology: This rank's place.
+        optimizer: megatron-core's, with fp32 masters.
+
+    Raises:
+        ArtifactError: As `load_checkpoint`.
+        InputError: As `load_checkpoint`.
     """
-    plan = LoadingPlan(optimizer, _model_state(_bare(model)), step=0, from_weights=True)
-    plan.finish(_load(folder, plan.wanted), parameters={})
+    policies = bare_policies(model)
+    manifest = _check(folder, policies[0], topology)
+    parameters = sharded_parameters(policies)
+    exact = {name: leaf.data.main_grad for name, leaf in parameters.items()}
+    _load_weights(folder, manifest, policies, topology, parameters, exact)
+    for leaf in parameters.values():
+        leaf.data.copy_(leaf.data.main_grad)
+    for policy in policies:
+        weights_changed(policy)
+    for part in held(optimizer):
+        part.updated.copy_(part.cut(part.parameter.main_grad))
+
+
+def _check(folder: Path, policy: PolicyModel, topology: Topology) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole and of the policy's architecture."""
+    manifest = verify_together(folder, topology)
+    _check_architecture(folder, policy.architecture, manifest["facts"]["architecture"])
+    _check_format(folder, manifest["facts"]["megatron_core"])
+    return manifest
+
+
+def _load_weights(
+    folder: Path,
+    manifest: dict[str, Any],
+    policies: Sequence[PolicyModel],
+    topology: Topology,
+    parameters: dict[str, Any],
+    targets: dict[str, torch.Tensor],
+    state: Sequence[ShardedTensor] = (),
+) -> None:
+    """Reads the weights into `targets`, by name, the scales of FP8, and what there is of the optimizer's `state`."""
+    places = {name: _place(target) for name, target in targets.items()}
+    weights = [shard for name, leaf in parameters.items() for shard in whole_shards(leaf, places[name], name)]
+    scaling = {}
+    if history_length(policies) is not None and manifest["facts"].get("delayed_scaling") == history_length(policies):
+        scaling = delayed_scaling_state(policies, topology)
+    restore(scaling, _load(folder, by_place([*weights, *state]) | scaling))
+    for name, target in targets.items():
+        if is_float8tensor(target):
+            target.copy_(places[name])
+
+
+def _place(target: torch.Tensor) -> torch.Tensor:
+    """Where to read to: the target, unless Transformer Engine holds it in FP8."""
+    if is_float8tensor(target):
+        return torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    return target.detach()
 
 
 def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -284,41 +240,6 @@ def _load(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         # torch's CheckpointException is no Exception: it would pass every other handler.
         raise ArtifactError(f"{folder}: cannot be loaded: {_reason(error)}") from error
     return loaded
-
-
-def _verify(folder: Path, topology: Topology) -> dict[str, Any]:
-    """`verify_checkpoint` with the hashing spread over the ranks; all of them raise, or none."""
-    manifest: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        problems = [str(error)]
-    else:
-        names = sorted(manifest["files"])[topology.rank :: topology.world_size]
-        problems = check_files(folder, {name: manifest["files"][name] for name in names})
-    shares: list[list[str]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(shares, problems)
-    found = sorted({problem for share in shares for problem in share})
-    if found:
-        raise ArtifactError("\n".join(found))
-    return manifest
-
-
-def _bare(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[PolicyModel]:
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    bare: list[Any] = [chunk if isinstance(chunk, PolicyModel) else chunk.module for chunk in chunks]
-    assert all(isinstance(chunk, PolicyModel) for chunk in bare), f"no policy in {type(model).__name__}"
-    return bare
-
-
-def _model_state(policies: Sequence[PolicyModel]) -> dict[str, Any]:
-    """megatron-core's sharded parameters by name, layers counted through the whole network.
-
-    Objects that layers add for Transformer Engine are left out: they are pickles, and empty here.
-    """
-    trees = [policy.sharded_state_dict(metadata=dict(METADATA)) for policy in policies]
-    return {leaf.key: leaf for tree in trees for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
 
 
 def _facts(policies: Sequence[PolicyModel], topology: Topology) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tspin import __version__
 from megatron_tspin.cli import (
     bench,
+    checkpoint,
     convert,
     evaluate,
     export,
@@ -30,7 +31,9 @@ from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
 
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (run, quickstart, tokenize, convert, rollout, train, generate, evaluate, score, export, report, bench)
+_COMMANDS = (
+    run, quickstart, tokenize, convert, rollout, train, generate, evaluate, score, export, report, checkpoint, bench,
+)  # fmt: skip
 
 _DESCRIPTION = """T-SPIN: triplet-based self-play fine-tuning of language models on megatron-core.
 

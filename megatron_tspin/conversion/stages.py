@@ -3,19 +3,16 @@
 from pathlib import Path
 
 from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
-from megatron_tspin.checkpoint.store import (
-    build_policy,
-    latest_checkpoint,
-    load_policy,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from megatron_tspin.checkpoint.policies import load_policy, policy_checkpoint
+from megatron_tspin.checkpoint.store import save_checkpoint
+from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.log import get_logger
+from megatron_tspin.models.build import build_policy
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank
@@ -31,7 +28,7 @@ def convert_run(config: Config) -> None:
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed) as topology:
         digest = on_first_rank(lambda: source_digest(source), topology)
-        if on_first_rank(lambda: _is_of(target, digest), topology):
+        if _is_of(target, digest, topology):
             _log.info("%s is there already", target)
             return
         _convert(source, target, layout, topology, digest)
@@ -64,12 +61,9 @@ def convert_checkpoint(
 def export_run(config: Config) -> None:
     """Exports the policy after the last self-play iteration, in the dtypes of the run's HF checkpoint."""
     folder = RunFolder(Path(config.run_dir))
-    checkpoints = folder.checkpoints(config.self_play.iterations - 1)
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed) as topology:
-        found = on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
-        if found is None:
-            raise ArtifactError(f"{checkpoints}: no whole checkpoint; run `tspin run` again to make it")
+        found = policy_checkpoint(folder, config.self_play.iterations, topology)
         _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology)
 
 
@@ -126,12 +120,13 @@ def source_digest(folder: Path) -> str:
     return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
 
 
-def _is_of(checkpoint: Path, digest: str) -> bool:
-    """Whether the checkpoint is whole and was made from the source with this digest."""
-    if not checkpoint.is_dir():
+def _is_of(checkpoint: Path, digest: str, topology: Topology) -> bool:
+    """Whether the checkpoint is whole and was made from the source with this digest; all ranks call it."""
+    if not on_first_rank(checkpoint.is_dir, topology):
         return False
     try:
-        return bool(verify_checkpoint(checkpoint)["state"].get("hf_digest") == digest)
+        return bool(verify_together(checkpoint, topology)["state"].get("hf_digest") == digest)
     except ArtifactError as error:
-        _log.warning("%s is made again: %s", checkpoint, error)
+        if topology.speaks:
+            _log.warning("%s is made again: %s", checkpoint, error)
         return False

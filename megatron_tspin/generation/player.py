@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin.checkpoint.store import load_policy
+from megatron_tspin.checkpoint.policies import load_policy
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.data.problems import listed
 from megatron_tspin.data.template import PromptTemplate

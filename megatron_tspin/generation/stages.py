@@ -31,8 +31,7 @@ def _player(config: Config, load: Path | None, policy: int) -> Iterator[Player]:
 
 def _load(config: Config, topology: Topology, load: Path | None, policy: int) -> Player:
     """The checkpoint `load`, or the run's own of policy number `policy`."""
-    folder = RunFolder(Path(config.run_dir))
-    checkpoint = load or on_first_rank(lambda: policy_checkpoint(folder, policy), topology)
+    checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy, topology)
     player = load_player(config, config.generation_layout(), topology, checkpoint)
     wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
     return player

@@ -13,11 +13,11 @@ from megatron_tspin.precision import compute_dtype, core_fields
 
 
 class RMSProp(torch.optim.AdamW):
-    """RMSProp with the state of AdamW, which is what megatron-core's sharding and checkpoints know.
+    """RMSProp as an AdamW, because megatron-core shards no other optimizer over DP.
 
     v <- smoothing * v + (1 - smoothing) * g^2;  w <- w * (1 - lr * weight_decay) - lr * g / (sqrt(v) + eps), as
     torch.optim.RMSprop computes it without momentum; no bias correction. `betas[1]` is the smoothing; v is
-    `exp_avg_sq`. `exp_avg` stays zero: 4 bytes a parameter that buy unchanged checkpoints.
+    `exp_avg_sq`, and there is no `exp_avg`.
     """
 
     @torch.no_grad()
@@ -41,14 +41,18 @@ class RMSProp(torch.optim.AdamW):
             torch._foreach_addcdiv_(parameters, gradients, roots, value=-group["lr"])
 
     def _mean_square(self, parameter: torch.Tensor) -> torch.Tensor:
+        self.init_state(parameter)
         state = self.state[parameter]
-        if "exp_avg_sq" not in state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state.setdefault("step", torch.tensor(0.0))
         state["step"] += 1
         square: torch.Tensor = state["exp_avg_sq"]
         return square
+
+    def init_state(self, parameter: torch.Tensor) -> None:
+        """Gives a parameter its state, unless it has one."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def build_optimizer(
@@ -82,18 +86,27 @@ def build_optimizer(
             # Megatron-LM's scheduler applies this factor, which is 0 for norms; there is no scheduler here.
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if is_rmsprop:
-            _step_as_rmsprop(part.optimizer)
+            _step_as_rmsprop(part)
     return optimizer
 
 
-def _step_as_rmsprop(inner: Any) -> None:
-    """Makes the Adam that megatron-core built step as RMSProp; groups and state keep their layout."""
+def _step_as_rmsprop(part: Any) -> None:
+    """Makes the Adam that megatron-core built step as RMSProp; the groups stay."""
+    inner = part.optimizer
     if isinstance(inner, torch.optim.AdamW):
         inner.__class__ = RMSProp
+        part.init_state_fn = _init_states
         return
     # Transformer Engine's and apex's FusedAdam: beta1 = 0 without bias correction is the same update.
     for group in inner.param_groups:
         group["bias_correction"] = False
+
+
+def _init_states(inner: RMSProp, config: OptimizerConfig | None = None) -> None:
+    """What megatron-core calls to have a state of every parameter before the first step."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.init_state(parameter)
 
 
 def gradient_norm(optimizer: Any) -> float:

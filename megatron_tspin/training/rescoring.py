@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tspin.checkpoint.store import load_chunks
+from megatron_tspin.checkpoint.shards import bare_policies, sharded_parameters
 from megatron_tspin.config import Config
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import DivergenceError, InputError
 from megatron_tspin.log import get_logger
-from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.build import build_chunks, without_storage
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.roles import has_reference
@@ -27,6 +27,7 @@ from megatron_tspin.precision import describe
 from megatron_tspin.records import Differences, MarginNoise, PrecisionNoise, Response, read_records
 from megatron_tspin.run_folder import RunFolder, shard_path, shard_settings
 from megatron_tspin.storage import read_json, sha256_file, write_json
+from megatron_tspin.training.loop import Trainer
 from megatron_tspin.training.precision_noise import Values, differences, margin_noise, share
 from megatron_tspin.training.triplet_source import TripletSource
 
@@ -64,30 +65,43 @@ class Rescoring:
     seconds: float
 
 
-def score_in_fp32(
-    config: Config, iteration: int, topology: Topology, source: TripletSource, start: Path
-) -> Rescoring | None:
+def score_in_fp32(trainer: Trainer, source: TripletSource, start: Path) -> Rescoring | None:
     """Draws the sample and scores it in fp32, all ranks together; None if there is nothing (left) to measure.
 
-    The fp32 policy is a model of its own and gone when this returns. Call it before the training model is loaded: then
-    the weights of one model at a time are held, 4 bytes a parameter against the 2 of bf16, at a moment when there are
-    neither gradients (4 more) nor an optimizer (masters and moments); training needs more than the measurement did.
+    Call it between `load_masters` and the first step: the weights of the fp32 policy are the gradient buffers, where
+    `load_masters` has read them to. So it costs no memory, and the checkpoint is not read again.
+
+    Args:
+        trainer: With the policy that the iteration starts from, in bf16 or FP8.
+        source: The triplets.
+        start: The checkpoint of that policy.
 
     Raises:
         DivergenceError: A log-prob is not finite even in fp32.
     """
+    config, topology, iteration = trainer.config, trainer.topology, trainer.iteration
     if not config.precision.rescores or on_first_rank(_file(config, iteration).is_file, topology):
         return None
     began = time.perf_counter()
     indices = source.sample(config.precision.rescored_prompts)
     triplets = [source.triplet(index) for index in indices]
-    architecture = read_architecture(Path(config.model.hf_checkpoint))
-    model = load_chunks(architecture, config.parallel, config.training, PrecisionSection(), topology, start)
-    exact = _scores(model, topology, triplets, "log-probs in fp32")
+    exact = _scores(_in_fp32(trainer), topology, triplets, "log-probs in fp32")
     _refuse_nonfinite(exact, triplets, iteration, "in fp32", "the weights hold NaN or infinity")
-    del model
     torch.cuda.empty_cache()  # what libraries allocate beside torch finds the room too
     return Rescoring(config, iteration, topology, start, indices, triplets, exact, time.perf_counter() - began)
+
+
+def _in_fp32(trainer: Trainer) -> list[PolicyModel]:
+    """The policy in fp32, with the gradient buffers as its weights."""
+    config, trained = trainer.config, bare_policies(trainer.chunks)
+    architecture = trained[0].architecture
+    tp_size = trainer.topology.tp_size
+    with without_storage(architecture.padded_vocab_size(tp_size) // tp_size):
+        exact = build_chunks(architecture, config.parallel, config.training, PrecisionSection(), trainer.topology)
+    weights = {name: leaf.data.main_grad for name, leaf in sharded_parameters(trained).items()}
+    for name, leaf in sharded_parameters(exact).items():
+        leaf.data.data = weights[name]
+    return exact
 
 
 def measure_noise(rescoring: Rescoring, model: Sequence[PolicyModel]) -> PrecisionNoise:

@@ -5,25 +5,19 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tspin.checkpoint.policies import policy_checkpoint
-from megatron_tspin.checkpoint.store import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_chunks,
-    load_masters,
-    load_policy,
-    save_checkpoint,
-)
+from megatron_tspin.checkpoint.policies import load_policy, newest_whole, policy_checkpoint
+from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
+from megatron_tspin.models.build import build_chunks
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import num_parameters
 from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import distributed, on_first_rank, refuse_stale_facts, wait_for_all_ranks
+from megatron_tspin.parallel import distributed, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse
@@ -59,23 +53,30 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         source = TripletSource(config, iteration, roles)
         documents = source.digests()
         refuse_stale_facts(f"iteration {iteration}, the documents to train on", documents, topology)
-        resumed = on_first_rank(lambda: latest_checkpoint(checkpoints), topology)
-        start = load or on_first_rank(lambda: policy_checkpoint(folder, iteration), topology)
-        rescoring = score_in_fp32(config, iteration, topology, source, start)
-        model = load_chunks(architecture, config.parallel, config.training, config.precision, topology, start)
+        resumed = newest_whole(checkpoints, topology)
+        start = load or policy_checkpoint(folder, iteration, topology)
+        model = build_chunks(architecture, config.parallel, config.training, config.precision, topology)
+        trainer = build_trainer(config, iteration, topology, model, source.num_steps)
+        _load_start(trainer, start)
         _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
         _log.info("precision: %s", describe(config.precision))
         _log_rows(config)
+        rescoring = score_in_fp32(trainer, source, start)
         noise = measure_noise(rescoring, model) if rescoring is not None else None
         if has_reference(config.objective.method):
             facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
-        trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         if resumed is not None:
             trainer.done = _resume(trainer, resumed)
-        elif config.precision.bf16:
-            load_masters(start, trainer.chunks, trainer.optimizer)
         _train(trainer, source, checkpoints, folder, noise)
+
+
+def _load_start(trainer: Trainer, start: Path) -> None:
+    """Loads the policy that the iteration starts from, and its fp32 masters where it trains in bf16."""
+    if trainer.config.precision.bf16:
+        load_masters(start, trainer.chunks, trainer.topology, trainer.optimizer)
+    else:
+        load_checkpoint(start, trainer.chunks, trainer.topology)
 
 
 def _log_rows(config: Config) -> None:

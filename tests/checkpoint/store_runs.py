@@ -17,7 +17,7 @@ def layout(tp: int = 1, pp: int = 1, dp: int = 1, distributed_optimizer: bool = 
 
 
 def build(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = False) -> Any:
-    from megatron_tspin.checkpoint.store import build_policy
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     return build_policy(read_architecture(hf), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)

@@ -19,7 +19,7 @@ def te_like(hf: Path, parallel: ParallelSection, topology: Any, length: int) -> 
 
     import torch
 
-    from megatron_tspin.checkpoint.store import build_policy
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     policy: Any = build_policy(read_architecture(hf), parallel, TrainingSection(), PrecisionSection(), topology)

@@ -26,7 +26,7 @@ def layout(name: str) -> ParallelSection:
 def loaded(hf: Path, parallel: ParallelSection, topology: Any, bf16: bool = False) -> Any:
     """A policy with NaN wherever `load_hf` wrote nothing."""
     from megatron_tspin.checkpoint.hf_weights import load_hf
-    from megatron_tspin.checkpoint.store import build_policy
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     model = build_policy(read_architecture(hf), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)

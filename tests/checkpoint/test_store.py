@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_tspin.checkpoint.manifest import describe_files, latest_checkpoint, verify_checkpoint, write_manifest
+from megatron_tspin.checkpoint.manifest import describe_files, verify_checkpoint, write_manifest
+from megatron_tspin.cli.main import main
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError, StageError
+from megatron_tspin.storage import sha256_file
 from tests.checkpoint.store_runs import build, layout, wrap
 from tests.rank_pool import in_layout
 
@@ -61,7 +64,6 @@ def test_a_whole_checkpoint_says_what_it_is(saved):
     assert manifest["facts"]["layout"] == {"tp": 1, "pp": 2, "dp": 1, "cp": 1}
     assert manifest["facts"]["optimizer"] is None and manifest["facts"]["architecture"]["num_layers"] == 4
     assert set(manifest["files"]) == {path.name for path in (saved / "step_00000010").iterdir()} - {"manifest.json"}
-    assert latest_checkpoint(saved) == saved / "step_00000010"
     assert not list(saved.glob("*.partial"))
 
 
@@ -86,18 +88,95 @@ def flip_a_bit(path: Path) -> str:
 
 @pytest.mark.parametrize("damage", [remove, truncate, flip_a_bit])
 @pytest.mark.parametrize("name", ["shard", ".metadata", "metadata.json"])
-def test_a_broken_checkpoint_is_refused_and_passed_over(ranks, tiny_checkpoint, checkpoints, caplog, damage, name):
+def test_a_broken_checkpoint_is_refused_and_passed_over(ranks, tiny_checkpoint, checkpoints, damage, name):
     broken = checkpoints / "step_00000010"
     message = damage(shard(broken) if name == "shard" else broken / name)
     with pytest.raises(ArtifactError, match=message):
         verify_checkpoint(broken)
     with pytest.raises(ArtifactError, match=message):
         ranks(2).run(load_plain, tiny_checkpoint("tied"), broken, layout(tp=2))
-    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000002"
-    assert "step_00000010 is not whole and is passed over" in caplog.text
+    (found, log), other = ranks(2).run(newest, checkpoints)
+    assert found == other[0] == checkpoints / "step_00000002"
+    assert f"{broken} is not whole and is passed over: " in log and re.search(message, log) and not other[1]
 
 
-def test_a_manifest_that_is_missing_torn_or_altered(checkpoints):
+def newest(checkpoints: Path) -> tuple[Path | None, str]:
+    """What the ranks agree on, and what this one logs."""
+    import io
+    import logging
+
+    from megatron_tspin.checkpoint.policies import newest_whole
+
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("megatron_tspin").addHandler(handler)
+    try:
+        with in_layout(layout(tp=2)) as topology:
+            return newest_whole(checkpoints, topology), stream.getvalue()
+    finally:
+        logging.getLogger("megatron_tspin").removeHandler(handler)
+
+
+def hashed_while(hf: Path, folder: Path, parallel: ParallelSection) -> list[list[str]]:
+    """Files that this rank hashes: when it loads a checkpoint, again, and once more after one was written again."""
+    from unittest.mock import patch
+
+    from megatron_tspin.checkpoint import manifest
+
+    hashed: list[list[str]] = []
+
+    def digest(path: Path) -> str:
+        hashed[-1].append(path.name)
+        return sha256_file(path)
+
+    with patch.object(manifest, "sha256_file", digest):
+        for _ in range(2):
+            hashed.append([])
+            load_plain(hf, folder, parallel)
+        hashed.append([])
+        import torch.distributed as dist
+
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (folder / "metadata.json").write_bytes((folder / "metadata.json").read_bytes())
+        dist.barrier()
+        load_plain(hf, folder, parallel)
+    return hashed
+
+
+def test_a_checkpoint_is_hashed_once_by_a_group_of_processes(ranks, tiny_checkpoint, checkpoints):
+    folder = checkpoints / "step_00000010"
+    shares = ranks(2).run(hashed_while, tiny_checkpoint("tied"), folder, layout(tp=2))
+    first, second, third = (sorted(share[n] for share in shares) for n in range(3))
+    assert sorted(first[0] + first[1]) == sorted(verify_or_read(folder)["files"])
+    assert all(first), "both ranks have a share"
+    assert second == [[], []]
+    assert third == [[], ["metadata.json"]]
+
+
+def test_sizes_are_checked_at_every_load(ranks, tiny_checkpoint, checkpoints):
+    folder = checkpoints / "step_00000010"
+    ranks(2).run(load_plain, tiny_checkpoint("tied"), folder, layout(tp=2))
+    message = truncate(shard(folder))
+    with pytest.raises(ArtifactError, match=message):
+        ranks(2).run(load_plain, tiny_checkpoint("tied"), folder, layout(tp=2))
+
+
+def test_the_command_names_all_that_is_broken(checkpoints, capsys):
+    folder = checkpoints / "step_00000010"
+    manifest = verify_checkpoint(folder)
+    assert main(["checkpoint", "verify", str(folder)]) == 0
+    size = sum((folder / name).stat().st_size for name in manifest["files"])
+    assert capsys.readouterr().out == f"{folder}: whole, {len(manifest['files'])} files, {size} bytes\n"
+    messages = [remove(folder / "metadata.json"), truncate(folder / ".metadata"), flip_a_bit(shard(folder))]
+    assert main(["checkpoint", "verify", str(folder)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for message in messages:
+        assert sum(bool(re.fullmatch(f"tspin: error: {message}", line)) for line in lines) == 1
+
+
+def test_a_manifest_that_is_missing_torn_or_altered(ranks, checkpoints):
     missing, torn, altered = (checkpoints / f"step_{number:08d}" / "manifest.json" for number in (1, 2, 10))
     missing.unlink()
     torn.write_text(torn.read_text()[:-40])
@@ -105,8 +184,8 @@ def test_a_manifest_that_is_missing_torn_or_altered(checkpoints):
     for path, message in ((missing, "no such file"), (torn, "not valid JSON"), (altered, "it was altered")):
         with pytest.raises(ArtifactError, match=message):
             verify_checkpoint(path.parent)
-    assert latest_checkpoint(checkpoints) is None
-    assert latest_checkpoint(checkpoints / "nowhere") is None
+    for folder in (checkpoints, checkpoints / "nowhere"):
+        assert ranks(2).run(newest, folder)[0][0] is None
 
 
 def sign_again(folder: Path, files: dict[str, Any] | None = None) -> None:

@@ -19,7 +19,7 @@ from tests.selfplay.fake_world import tree_of
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "run", "quickstart", "tokenize", "convert", "rollout", "train", "generate", "evaluate", "score", "export", "report",
-    "bench",
+    "checkpoint", "bench",
 )  # fmt: skip
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TSPIN_LOG_FILE")
 

@@ -35,8 +35,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parity(folder: Path, layout: ParallelSection) -> float:
     """On ranks: the largest relative difference of a sequence log-prob from transformers'."""
     from megatron_tspin.checkpoint.hf_weights import load_hf
-    from megatron_tspin.checkpoint.store import build_policy
     from megatron_tspin.conversion.parity import check_parity, read_sentences
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     with in_layout(layout) as topology:

@@ -2,9 +2,10 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +92,35 @@ def write_shards(folder: Path, policy: Path, alike: int = 0) -> None:
         (folder / f"shard_{number // SHARD_SIZE:05d}.jsonl").write_text(lines)
 
 
-def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple[bool, list[bool]]]:
-    """On ranks: the stage; returns of each model loaded whether it is bf16, and which earlier ones were still there."""
-    import weakref
+@dataclass
+class Seen:
+    """What a rank saw of a stage: how often each file of tensors was opened, and where the fp32 weights lay."""
+
+    opened: Counter[str] = field(default_factory=Counter)
+    in_gradient_buffers: list[bool] = field(default_factory=list)
+
+
+def train(config: Config, iteration: int, start: Path, save: Path) -> Seen:
+    """On ranks: the stage."""
     from unittest.mock import patch
 
-    from megatron_tspin.checkpoint import store
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
     from megatron_tspin.training import rescoring, stages
 
-    seen: list[tuple[bool, list[bool]]] = []
-    alive: list[Any] = []
+    seen = Seen()
+    create_stream, in_fp32 = FileSystem.create_stream, rescoring._in_fp32
 
-    def load(*arguments: Any) -> Any:
-        there = [reference() is not None for reference in alive]
-        chunks = store.load_chunks(*arguments)
-        seen.append((chunks[0].config.bf16, there))
-        alive.append(weakref.ref(chunks[0]))
-        return chunks
+    def opened(self: Any, path: Any, mode: str) -> Any:
+        if mode == "rb" and str(path).endswith(".distcp"):
+            seen.opened[Path(path).name] += 1
+        return create_stream(self, path, mode)
+
+    def built_in_fp32(trainer: Any) -> Any:
+        policies = in_fp32(trainer)
+        buffers = {p.main_grad.data_ptr() for chunk in trainer.chunks for p in chunk.module.parameters()}
+        seen.in_gradient_buffers += [p.data_ptr() in buffers for policy in policies for p in policy.parameters()]
+        return policies
 
     @contextmanager
     def joined(layout: ParallelSection, _: int, tokens_multiple: int) -> Iterator[Any]:
@@ -116,8 +129,8 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> list[tuple
 
     with (
         patch.object(stages, "distributed", joined),
-        patch.object(stages, "load_chunks", load),
-        patch.object(rescoring, "load_chunks", load),
+        patch.object(FileSystem, "create_stream", opened),
+        patch.object(rescoring, "_in_fp32", built_in_fp32),
     ):
         stages.train_run(config, iteration, start, save)
     return seen
@@ -230,14 +243,23 @@ def test_margins_are_scaled_differences(
     assert found.drift_share == pytest.approx(scale * mean_absolute(drifts) / found.current_margin.median_absolute)  # type: ignore[union-attr]
 
 
-def test_the_fp32_policy_is_gone_before_the_training_policy_comes(build: Build, ranks: Any, policy: Path) -> None:
-    assert run(ranks, build(), policy) == [[(False, []), (True, [False])]]
+def once(policy: Path) -> dict[str, int]:
+    return {path.name: 1 for path in policy.glob("*.distcp")}
+
+
+def test_the_checkpoint_is_read_once_and_fp32_weights_lie_in_the_gradient_buffers(
+    build: Build, ranks: Any, policy: Path
+) -> None:
+    (seen,) = run(ranks, build(), policy)
+    assert seen.opened == once(policy)
+    assert len(seen.in_gradient_buffers) > 20 and all(seen.in_gradient_buffers)
 
 
 @pytest.mark.parametrize("settings", [{"precision.bf16": False}, {"precision.rescored_prompts": 0}], ids=str)
 def test_nothing_is_measured(settings: dict[str, Any], build: Build, ranks: Any, policy: Path) -> None:
     config = build(**settings)
-    assert run(ranks, config, policy) == [[(config.precision.bf16, [])]]
+    (seen,) = run(ranks, config, policy)
+    assert seen.opened == once(policy) and not seen.in_gradient_buffers
     assert not RunFolder(Path(config.run_dir)).precision(1).exists()
 
 
@@ -245,7 +267,7 @@ def test_a_record_that_is_there_is_kept(build: Build, ranks: Any, policy: Path) 
     config = build()
     path = RunFolder(Path(config.run_dir)).precision(1)
     path.write_text("kept")
-    assert run(ranks, config, policy) == [[(True, [])]]
+    assert not run(ranks, config, policy)[0].in_gradient_buffers
     assert path.read_text() == "kept"
 
 
@@ -345,13 +367,30 @@ def test_pairs_of_equal_responses_have_no_margin(alike: int, build: Build, ranks
     assert found.current_margin.noise.largest_id in ("ex-6", "ex-7")
 
 
-@pytest.mark.parametrize("split", ["tensor", "pipeline"])
-def test_another_layout_finds_the_same_noise(split: str, build: Build, ranks: Any, policy: Path) -> None:
+OVERLAPPING = {
+    "parallel.data_parallel_size": 2,
+    "parallel.use_distributed_optimizer": True,
+    "parallel.overlap_grad_reduce": True,
+    "parallel.overlap_param_gather": True,
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel.tensor_model_parallel_size": 2},
+        {"parallel.pipeline_model_parallel_size": 2},
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
+        OVERLAPPING,
+    ],
+    ids=["tensor", "pipeline", "virtual", "overlapping"],
+)
+def test_another_layout_finds_the_same_noise(layout: dict[str, Any], build: Build, ranks: Any, policy: Path) -> None:
     one = build()
     run(ranks, one, policy)
     alone = record_of(one)
     RunFolder(Path(one.run_dir)).precision(1).unlink()
-    two = build(**{f"parallel.{split}_model_parallel_size": 2, "run_dir": one.run_dir})
+    two = build(**layout, run_dir=one.run_dir)
     ranks(2).run(train, two, 1, policy, Path(two.run_dir) / "checkpoint_of_two")
     found_by_two = record_of(two)
     for found, other in (

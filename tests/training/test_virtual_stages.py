@@ -19,7 +19,8 @@ INTERLEAVED = {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pip
 def to_checkpoint(hf: Path, folder: Path) -> None:
     """On one rank: the HF weights as a distributed checkpoint."""
     from megatron_tspin.checkpoint.hf_weights import load_hf
-    from megatron_tspin.checkpoint.store import build_policy, save_checkpoint
+    from megatron_tspin.checkpoint.store import save_checkpoint
+    from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     with in_layout(ParallelSection()) as topology:
@@ -31,7 +32,7 @@ def to_checkpoint(hf: Path, folder: Path) -> None:
 def to_hf(folder: Path, hf: Path, target: Path) -> None:
     """On one rank: the checkpoint as HF weights."""
     from megatron_tspin.checkpoint.hf_weights import export_hf
-    from megatron_tspin.checkpoint.store import load_policy
+    from megatron_tspin.checkpoint.policies import load_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     with in_layout(ParallelSection()) as topology:
@@ -43,7 +44,8 @@ def to_hf(folder: Path, hf: Path, target: Path) -> None:
 
 def train_interleaved(config: Config, start: Path, end: Path, stop_after: int | None = None) -> Any:
     """On ranks: trains from a checkpoint to a checkpoint; with `stop_after` through one with the optimizer."""
-    from megatron_tspin.checkpoint.store import load_checkpoint, load_chunks, save_checkpoint
+    from megatron_tspin.checkpoint.policies import load_chunks
+    from megatron_tspin.checkpoint.store import load_checkpoint, save_checkpoint
     from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.objective.scoring import score_pairs
     from megatron_tspin.training.loop import build_trainer
