@@ -163,6 +163,7 @@ def test_the_driver_asks_for_nothing_heavy(root: str) -> None:
     assert not heavy
 
 
+@pytest.mark.processes
 def test_the_driver_starts_without_torch() -> None:
     """The same for what other packages import in turn."""
     drivers = [f"{PACKAGE}.{name}" for name in MODULES if name.startswith(("selfplay.", "report."))]

@@ -152,7 +152,8 @@ def record_release(run_dir: Path, stage: Stage, outputs: Path) -> None:
 
 def released_outputs(run_dir: Path) -> list[Path]:
     """Files and folders of the run that it no longer keeps."""
-    names = [name for path in sorted((run_dir / "stages").glob("*.json")) for name in read_marker(path)["released"]]
+    there = sorted(RunFolder(run_dir).markers.glob("*.json"))
+    names = [name for path in there for name in read_marker(path)["released"]]
     return [run_dir / name for name in names]
 
 

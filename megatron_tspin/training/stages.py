@@ -153,9 +153,8 @@ def keep_latest(checkpoints: Path, step: int, count: int) -> None:
     """
     if count == 0:
         return
-    found = step_folders(checkpoints)
-    latest = [path for path in found if path.suffix == "" and path <= step_folder(checkpoints, step)][-count:]
-    for path in found:
+    latest = [path for path in step_folders(checkpoints) if path <= step_folder(checkpoints, step)][-count:]
+    for path in checkpoints.glob("step_*"):  # also what an interrupted save left
         if path not in latest:
             shutil.rmtree(path)
 

@@ -21,6 +21,7 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     assert memory.peak_mib() < 60
 
 
+@pytest.mark.processes
 def test_our_head_needs_a_fraction_of_full_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = HeadSettings(tokens=2048, hidden_size=16, vocabularies=(16384,))
     full, ours = run_head_benchmark(settings)

@@ -32,6 +32,7 @@ def written(folder: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.processes
 def test_sides_take_turns_and_the_result_is_written(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

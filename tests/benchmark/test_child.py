@@ -12,6 +12,8 @@ import pytest
 
 from megatron_tspin.benchmark.child import Child, ChildError, threads_environment
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

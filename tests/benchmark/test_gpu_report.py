@@ -38,6 +38,7 @@ def run(folder: Path, module: str = "tests.benchmark.fake_check", limit: float =
     return CheckRun(FAKE, folder, reduced=False, limit=limit, module=module, **more).run()
 
 
+@pytest.mark.processes
 def test_no_case_stops_another(tmp_path: Path) -> None:
     seen: list[int] = []
     result = run(tmp_path, on_progress=lambda so_far: seen.append(len(so_far.cases)))
@@ -56,6 +57,7 @@ def test_no_case_stops_another(tmp_path: Path) -> None:
     assert seen == sorted(seen) and seen[0] >= 1, "what is measured is handed on while the check runs"
 
 
+@pytest.mark.processes
 def test_a_check_ends_at_its_limit_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_SHORTEST", 100.0)
     result = run(tmp_path)
@@ -63,6 +65,7 @@ def test_a_check_ends_at_its_limit_and_keeps_what_it_has(tmp_path: Path, monkeyp
     assert result.status == FAILED and result.reason == "the limit of 40 s was over before: dies, last"
 
 
+@pytest.mark.processes
 def test_a_check_that_cannot_start_says_why(tmp_path: Path) -> None:
     result = run(tmp_path, "tests.benchmark.broken_check")
     assert result.status == FAILED and not result.cases
@@ -145,6 +148,7 @@ def test_unknown_checks_are_refused(tmp_path: Path) -> None:
     assert main(["bench", "gpu", "--out", str(tmp_path), "--only", "speed"]) == EXIT_INPUT
 
 
+@pytest.mark.processes
 def test_the_command_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "gpu", "--out", str(tmp_path), "--reduced", "--only", "environment"]) == 0
     printed = capsys.readouterr().out

@@ -12,6 +12,8 @@ import pytest
 from megatron_tspin.benchmark.gpu_report.catalogue import BY_NAME
 from megatron_tspin.benchmark.gpu_report.check import FAILED, OK, Outcome
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).resolve().parent
 IN_ONE_PROCESS = ("te", "parity", "attention", "head", "step", "generation")
 NOT_ON_THIS_CPU = "only supports per-tensor scaling for CPU"

@@ -28,6 +28,7 @@ def measure(hf: Path, folder: Path) -> Any:
     return results
 
 
+@pytest.mark.processes
 def test_formats_side_by_side(tiny_checkpoint: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from multiprocessing import get_context
 

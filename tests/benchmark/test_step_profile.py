@@ -29,6 +29,7 @@ def test_operations_count_for_the_part_they_are_called_from() -> None:
     assert sum(part.share for part in found.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.processes
 def test_a_profile_of_the_tiny_model(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

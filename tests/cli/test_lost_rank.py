@@ -12,6 +12,8 @@ import pytest
 
 from megatron_tspin.errors import StageError
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("failing_rank.py")
 START_SECONDS = 90.0  # to import torch and megatron-core on cores that others use too

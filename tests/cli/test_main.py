@@ -337,6 +337,7 @@ sys.exit(f"imported {heavy}" if heavy else code)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["run", "--dry-run"]])
 def test_start_up_imports_no_torch(arguments: list[str], run_yaml: str, world: Path) -> None:
     more = ["--config", run_yaml] if arguments[0] == "run" else []
@@ -349,6 +350,7 @@ def test_start_up_imports_no_torch(arguments: list[str], run_yaml: str, world: P
     assert not (world / "run").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("script", "command"),
     [

@@ -13,6 +13,8 @@ from megatron_tspin.config import Config, DataSection, ModelSection, ParallelSec
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.run_folder import RunFolder
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -208,6 +208,7 @@ def test_examples_survive_the_round_trip(tmp_path_factory: pytest.TempPathFactor
     assert read_examples(path) == examples
 
 
+@pytest.mark.processes
 def test_the_driver_imports_neither_torch_nor_transformers() -> None:
     modules = "annotated, user_examples, paths, problems, indexed, role_documents, tokenizer"
     modules += ", tokenizer_loading, template, vocabulary, tokenization"

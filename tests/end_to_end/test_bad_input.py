@@ -10,6 +10,8 @@ import pytest
 
 from tests.end_to_end.small_run import CHECKPOINT, environment, tree_of, tspin, write_config, write_data
 
+pytestmark = pytest.mark.processes
+
 NO_TORCH = """import os, pathlib
 pathlib.Path(os.environ["TSPIN_TEST_TORCH"]).touch()
 raise ImportError("bad input needs no torch")

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.end_to_end.runs import Runs
 from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, sha256_of, succeed, tree_of, write_config
 from tests.end_to_end.test_kill import Kill, Processes, kill_once, losses
 from tests.rounding import all_within, same_updates
+
+pytestmark = pytest.mark.processes
 
 IN_ROLLOUT = Kill("rollout_000", "iteration_000/synthetic/shard_00002.jsonl", ("proto/summary.json",))
 IN_TRAINING = Kill(

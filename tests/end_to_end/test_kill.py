@@ -24,6 +24,8 @@ from tests.end_to_end.small_run import (
     write_data,
 )
 
+pytestmark = pytest.mark.processes
+
 PAUSES = Path(__file__).with_name("pauses")
 MARK = "TSPIN_TEST_RUN"  # environment variable that all processes of a test inherit, whatever session they are in
 MEASURED = {"seconds", "tokens_per_second"}

@@ -20,6 +20,8 @@ from tests.end_to_end.runs import LAYOUTS, Runs
 from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
 from tests.rounding import all_within, same_updates
 
+pytestmark = pytest.mark.processes
+
 LAST = f"iteration_000/checkpoint/step_{NUM_STEPS:08d}"
 
 

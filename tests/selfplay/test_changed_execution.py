@@ -14,6 +14,8 @@ from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.run_config import result_digest
 from tests.selfplay.fake_world import FakeRun
 
+pytestmark = pytest.mark.processes
+
 ConfigOf = Callable[..., Config]
 
 OTHER: dict[str, Any] = {

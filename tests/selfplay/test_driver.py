@@ -12,6 +12,8 @@ from megatron_tspin.selfplay.run_config import result_digest
 from megatron_tspin.storage import sha256_file
 from tests.selfplay.fake_world import FakeRun, tree_of, write_world
 
+pytestmark = pytest.mark.processes
+
 NAMES = [
     "tokenize",
     "convert",

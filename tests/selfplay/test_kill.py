@@ -18,6 +18,8 @@ from megatron_tspin.selfplay import launch
 from megatron_tspin.selfplay.lock import run_lock
 from tests.selfplay.fake_world import FakeRun
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -14,6 +14,8 @@ from megatron_tspin.selfplay import retention
 from megatron_tspin.selfplay.retention import superfluous_policies
 from tests.selfplay.fake_world import FakeRun
 
+pytestmark = pytest.mark.processes
+
 ConfigOf = Callable[..., Config]
 LAST = 5
 
