@@ -170,6 +170,11 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return [path for _, path in _numbered(checkpoints, r"step_(\d{8})")]
 
 
+def step_leftovers(checkpoints: Path) -> list[Path]:
+    """What interrupted saves left beside the checkpoints."""
+    return sorted(checkpoints.glob("step_*.partial"))
+
+
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     """Entries of a folder whose whole name matches, with their number, in order of it."""
     entries: Iterable[Path] = folder.iterdir() if folder.is_dir() else ()

@@ -21,7 +21,7 @@ from megatron_tspin.parallel import distributed, refuse_stale_facts, wait_for_al
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse
-from megatron_tspin.run_folder import RunFolder, step_folder, step_folders, step_of
+from megatron_tspin.run_folder import RunFolder, step_folder, step_folders, step_leftovers, step_of
 from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
@@ -153,8 +153,9 @@ def keep_latest(checkpoints: Path, step: int, count: int) -> None:
     """
     if count == 0:
         return
-    latest = [path for path in step_folders(checkpoints) if path <= step_folder(checkpoints, step)][-count:]
-    for path in checkpoints.glob("step_*"):  # also what an interrupted save left
+    found = step_folders(checkpoints)
+    latest = [path for path in found if path <= step_folder(checkpoints, step)][-count:]
+    for path in (*found, *step_leftovers(checkpoints)):
         if path not in latest:
             shutil.rmtree(path)
 
