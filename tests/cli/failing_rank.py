@@ -2,10 +2,12 @@
 
     python failing_rank.py ERROR
 
-The command goes through `main` as any other. Taking the groups down waits for the peers here, as NCCL's may.
+The command goes through `main` as any other. Taking the groups down waits for the peers here, as NCCL's may, and so
+does an orderly end of the process, as torch's may for collectives that are under way.
 """
 
 import argparse
+import atexit
 import sys
 import time
 
@@ -23,6 +25,7 @@ def command(args: argparse.Namespace) -> int:
     from megatron_tspin.parallel import LONG_TIMEOUT, STEP_TIMEOUT, distributed, sum_over_replicas
 
     dist.destroy_process_group = lambda group=None: time.sleep(3600)
+    atexit.register(time.sleep, 3600)
     with distributed(ParallelSection(data_parallel_size=2)) as topology:
         for group, timeout in ((dist.group.WORLD, LONG_TIMEOUT), (topology.dp_group, STEP_TIMEOUT)):
             found = group._get_backend(torch.device("cpu")).options._timeout
