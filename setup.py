@@ -38,7 +38,7 @@ setup(
     extras_require={
         "bench": ["trl>=1.16", "accelerate>=1.15", "datasets>=5.2"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["tspin = megatron_tspin.cli.main:main"]},
     classifiers=[

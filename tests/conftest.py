@@ -20,21 +20,28 @@ settings.load_profile("shared_cores")
 
 PROCESSES = "processes"
 _FIXTURES_WITH_PROCESSES = {"ranks", "runs"}
+_LONGEST = "end_to_end"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked."""
+    """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked.
+
+    Under pytest-xdist a file is one worker's, for its fixtures, and what shares finished runs is too; the longest first.
+    """
     missing = {}
     if not torch.cuda.is_available():
         missing |= dict.fromkeys(("gpu", "te"), "needs a CUDA device")
     elif find_spec("transformer_engine") is None:
         missing["te"] = "Transformer Engine is not installed"
     for item in items:
-        if _FIXTURES_WITH_PROCESSES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if _FIXTURES_WITH_PROCESSES & fixtures:
             item.add_marker(PROCESSES)
+        item.add_marker(pytest.mark.xdist_group("runs" if "runs" in fixtures else str(item.path)))
         for mark, reason in missing.items():
             if item.get_closest_marker(mark) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: _LONGEST not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)
