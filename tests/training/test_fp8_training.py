@@ -78,7 +78,7 @@ def kinds_of_layers(config: Any) -> Any:
     from tests.training.trajectory import _trainer
 
     with in_layout(config.parallel) as topology:
-        policy = _trainer(config, topology).policy.module
+        policy = _trainer(config, topology).ddp.module
         found = {}
         for layer in policy.decoder.layers:
             linears = layer.self_attention.linear_qkv, layer.mlp.linear_fc1
