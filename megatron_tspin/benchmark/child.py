@@ -4,11 +4,12 @@ Parent and child talk over a pipe: the child answers `(True, answer)`, or `(Fals
 process group of its own, which is gone when the parent closes it, when the pipe does, and when the parent dies.
 """
 
+import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +22,7 @@ from megatron_tspin.errors import TspinError
 from megatron_tspin.log import set_up_logging
 
 _STOP_SECONDS = 10.0
+_LOOK_SECONDS = 0.5  # between two looks whether the child is alive
 _LAST_CHARACTERS = 400  # of a dead process's log that go into the message
 
 
@@ -71,22 +73,24 @@ class Child:
             self._connection.send(message)
         return self.receive()
 
-    def receive(self, seconds: float | None = None) -> Any:
+    def receive(self, seconds: float = math.inf) -> Any:
         """Waits for an answer.
 
         Args:
-            seconds: Longest wait; None is for ever.
+            seconds: Longest wait.
 
         Raises:
             ChildError: The child failed or died.
             TimeoutError: There was no answer.
         """
-        ready = wait([self._connection, self._process.sentinel], seconds)
-        if not ready:
-            raise TimeoutError
+        deadline = time.monotonic() + seconds
+        while not self._connection.poll(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
+            # A fork that outlives the child holds its end of the pipe open.
+            if not self._process.is_alive() and not self._connection.poll():
+                raise ChildError(self._obituary())
+            if time.monotonic() >= deadline:
+                raise TimeoutError
         try:
-            if self._connection not in ready:  # a process that the child has left behind holds its end open
-                raise EOFError
             succeeded, answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             raise ChildError(self._obituary()) from error
@@ -138,9 +142,7 @@ def _serve(
     try:
         _answer(connection, target, arguments, log is not None)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # a broken device must not hang in destructors
+        connection.close()  # the parent need not wait for destructors, which may hang on a broken device
 
 
 def _answer(connection: Connection, target: Callable[..., None], arguments: tuple[Any, ...], has_log: bool) -> None:
