@@ -26,7 +26,7 @@ _LONGEST = "end_to_end"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked.
 
-    Under pytest-xdist a file is one worker's, for its fixtures, and what shares finished runs is too; the longest first.
+    Under pytest-xdist a file is one worker's, for its fixtures, and so is what shares finished runs; the longest first.
     """
     missing = {}
     if not torch.cuda.is_available():
