@@ -23,6 +23,7 @@ _FIXTURES_WITH_PROCESSES = {"ranks", "runs"}
 _LONGEST = "end_to_end"
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked.
 
