@@ -156,7 +156,7 @@ def test_other_settings_than_the_run_began_with(base_run: Path, world: World) ->
     done = tspin("run", "--config", base_run / "run.yaml", "--lr", "0.5", "--tspin-alpha", "2", env=world.env)
     assert done.returncode == 2
     assert "run.yaml: the run began with other settings" in done.stderr
-    assert "optimizer.lr: 0.0001 in the run, 0.5 now" in done.stderr
+    assert "optimizer.lr: 0.001 in the run, 0.5 now" in done.stderr
     assert "objective.alpha: 0.3 in the run, 2.0 now" in done.stderr
     assert not (world.folder / "torch_was_imported").exists()
     assert {path: path.stat().st_mtime_ns for path in base_run.rglob("*")} == before
