@@ -12,13 +12,15 @@ VENV312 := .venv312
 INSTALLED312 := $(VENV312)/.installed
 # Tests marked gpu or te are skipped where they cannot run, and say why.
 QUICK := not slow and not slurm
+# A file to a worker, for its fixtures; in the order of tests/conftest.py.
+BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast test-processors test-py312 test-slow lint clean
 quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
 test: $(INSTALLED) lint
-	$(RUN)/python -m pytest -m "$(QUICK)" --durations=15
+	$(RUN)/python -m pytest $(BOTH_CORES) -m "$(QUICK)" --durations=15
 
 test-fast: $(INSTALLED)
 	$(RUN)/python -m pytest -q -m "$(QUICK) and not processes"
@@ -27,7 +29,7 @@ test-processors: $(INSTALLED)
 	$(RUN)/python -m tests.processors
 
 test-py312: $(INSTALLED312)
-	$(VENV312)/bin/python -m pytest -m "$(QUICK)"
+	$(VENV312)/bin/python -m pytest $(BOTH_CORES) -m "$(QUICK)"
 
 test-slow: $(INSTALLED)
 	$(RUN)/pip install --quiet --disable-pip-version-check --requirement examples/smollm2/requirements.txt

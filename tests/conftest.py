@@ -23,11 +23,10 @@ _FIXTURES_WITH_PROCESSES = {"ranks", "runs"}
 _LONGEST = "end_to_end"
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of hardware or software that is not here are skipped and say why; those that use ranks are marked.
 
-    Under pytest-xdist a file is one worker's, for its fixtures, and so is what shares finished runs; the longest first.
+    The longest files come first, so that none of them is left for the end of one worker.
     """
     missing = {}
     if not torch.cuda.is_available():
@@ -35,10 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     elif find_spec("transformer_engine") is None:
         missing["te"] = "Transformer Engine is not installed"
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if _FIXTURES_WITH_PROCESSES & fixtures:
+        if _FIXTURES_WITH_PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(PROCESSES)
-        item.add_marker(pytest.mark.xdist_group("runs" if "runs" in fixtures else str(item.path)))
         for mark, reason in missing.items():
             if item.get_closest_marker(mark) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from tests.end_to_end.runs import Runs
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Finished runs, each made once for all tests."""
-    found = Runs(tmp_path_factory.mktemp("runs"))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
+    folder.mkdir(exist_ok=True)
+    found = Runs(folder)
     yield found
     found.close()
 

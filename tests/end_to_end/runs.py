@@ -1,6 +1,9 @@
 """Small runs through the real command line, made in the background, two at a time."""
 
+import fcntl
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,10 @@ SETTINGS = ({"tp1": TP1, **LAYOUTS}, {**METHODS, "bf16": BF16})
 
 
 class Runs:
-    """`runs[name]` is the folder of a finished run; a part of them is started with the first that is asked for."""
+    """`runs[name]` is the folder of a finished run; a part of them is started with the first that is asked for.
+
+    Workers of pytest-xdist share the folder: whoever comes first makes a run, the others wait for it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,7 +48,6 @@ class Runs:
 
     def __getitem__(self, name: str) -> Path:
         if name not in self._made:
-            write_data(self.folder)
             (part,) = (part for part in SETTINGS if name in part)
             self._made |= {each: self._pool.submit(self._make, each, settings) for each, settings in part.items()}
         return self._made[name].result()
@@ -51,10 +56,22 @@ class Runs:
         return self.folder / f"{name}.yaml"
 
     def _make(self, name: str, settings: dict[str, Any]) -> Path:
-        run_dir = self.folder / name
-        write_config(self.config(name), tree_of(self.folder, run_dir, **settings))
-        succeed("run", "--config", self.config(name))
+        run_dir, done = self.folder / name, self.folder / f"{name}.done"
+        with self._alone():
+            if not (self.folder / "annotated.jsonl").exists():
+                write_data(self.folder)
+        with self._alone(name):
+            if not done.exists():
+                write_config(self.config(name), tree_of(self.folder, run_dir, **settings))
+                succeed("run", "--config", self.config(name))
+                done.touch()
         return run_dir
+
+    @contextmanager
+    def _alone(self, name: str = "data") -> Iterator[None]:
+        with (self.folder / f"{name}.lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
