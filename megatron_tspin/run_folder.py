@@ -110,7 +110,7 @@ def examples_path(data: Path, split: str) -> Path:
 
 
 def document_stem(folder: Path, split: str, key: str) -> Path:
-    """Stem of an indexed data set: its files are `<stem>_document.bin`, `.idx` and `.json`.
+    """Stem of an indexed data set, whose files `file_of` names.
 
     Args:
         folder: The run's data folder, or the folder of a self-play iteration.
@@ -118,6 +118,11 @@ def document_stem(folder: Path, split: str, key: str) -> Path:
         key: `prompt`, `annotated`, `synthetic` or `proto`.
     """
     return folder / f"{split}_{key}"
+
+
+def file_of(path_stem: Path, kind: str) -> Path:
+    """One of the three files of an indexed data set: `kind` is `bin`, `idx` or `json`."""
+    return path_stem.with_name(f"{path_stem.name}_document.{kind}")
 
 
 def shard_path(folder: Path, number: int) -> Path:

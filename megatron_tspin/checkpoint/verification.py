@@ -1,7 +1,7 @@
 """Checkpoints checked by all ranks together: sizes whenever one is loaded, digests once in the life of the processes.
 
 A stage is a process group of its own, so each stage reads what it loads once more than it must: enough to find a
-flipped bit before anything is computed from it. The ranks share the files.
+flipped bit before anything is computed from it. Rank 0 looks at sizes; the ranks share the files to hash.
 """
 
 from pathlib import Path
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tspin.checkpoint.manifest import digest_problems, read_manifest, size_problems
-from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.parallel import Topology
+from megatron_tspin.checkpoint.manifest import check_checkpoint, digest_problems
+from megatron_tspin.errors import ArtifactError
+from megatron_tspin.parallel import Topology, on_first_rank
 
 _hashed: dict[Path, tuple[str, int]] = {}
 """Files that this process found right: their digest, and when they were last written (nanoseconds)."""
@@ -24,15 +24,9 @@ def verify_together(folder: Path, topology: Topology) -> dict[str, Any]:
         ArtifactError: On every rank. Names every file that is missing or not the one that was saved, with the promised
             and the actual value.
     """
-    manifest: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        problems = [str(error)]
-    else:
-        names = sorted(manifest["files"])[topology.rank :: topology.world_size]
-        problems = _problems(folder, {name: manifest["files"][name] for name in names})
+    manifest = on_first_rank(lambda: check_checkpoint(folder), topology)
+    names = sorted(manifest["files"])[topology.rank :: topology.world_size]
+    problems = _problems(folder, {name: manifest["files"][name] for name in names})
     shares: list[list[str]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(shares, problems)
     found = sorted({problem for share in shares for problem in share})
@@ -42,12 +36,13 @@ def verify_together(folder: Path, topology: Topology) -> dict[str, Any]:
 
 
 def _problems(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    problems = size_problems(folder, files)
-    if problems:
-        return problems
-    known = {name: (facts["sha256"], (folder / name).stat().st_mtime_ns) for name, facts in files.items()}
-    fresh = {name: files[name] for name in files if _hashed.get(folder / name) != known[name]}
-    problems = digest_problems(folder, fresh)
+    """Of this rank's share of the files, whose sizes rank 0 has looked at."""
+    try:
+        known = {name: (facts["sha256"], (folder / name).stat().st_mtime_ns) for name, facts in files.items()}
+        fresh = {name: files[name] for name in files if _hashed.get(folder / name) != known[name]}
+        problems = digest_problems(folder, fresh)
+    except OSError as error:
+        return [f"{folder}: a file that rank 0 sees cannot be read by another rank: {error}"]
     if not problems:
         _hashed.update({folder / name: known[name] for name in fresh})
     return problems

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.records import Record
+from megatron_tspin.run_folder import file_of
 from megatron_tspin.storage import atomic_path, fsync_path, read_json, sha256_file, write_json
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -43,11 +44,6 @@ class Sidecar(Record):
     idx_sha256: str
     facts: dict[str, Any]
     """What the writer knows about the tokens, e.g. the fingerprints of tokenizer and template."""
-
-
-def file_of(path_stem: Path, kind: str) -> Path:
-    """One of the three files: `kind` is `bin`, `idx` or `json`."""
-    return path_stem.with_name(f"{path_stem.name}_document.{kind}")
 
 
 def write_documents(

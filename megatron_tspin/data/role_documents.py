@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tspin.data.indexed import Documents, file_of, open_documents
+from megatron_tspin.data.indexed import Documents, open_documents
 from megatron_tspin.errors import ArtifactError
+from megatron_tspin.run_folder import file_of
 
 PROMPT = "prompt"
 _BINDING_FACTS = ("tokenizer_fingerprint", "template_fingerprint", "examples_sha256")

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.indexed import file_of
 from megatron_tspin.objective.roles import has_reference, stored_roles
-from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path
+from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, file_of
 
 
 @dataclass(frozen=True)

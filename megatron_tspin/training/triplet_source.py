@@ -6,14 +6,13 @@ from pathlib import Path
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples
-from megatron_tspin.data.indexed import file_of
 from megatron_tspin.data.role_documents import PROMPT, open_role_documents
 from megatron_tspin.data.steps import steps_per_iteration
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.batches import Triplet
 from megatron_tspin.objective.packing import Packing, Shape, check_capacity, row_packing, truncated, work_model
-from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
+from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path, file_of
 from megatron_tspin.storage import sha256_file
 
 _log = get_logger(__name__)

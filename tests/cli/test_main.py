@@ -332,7 +332,7 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as error:
     code = error.code
-heavy = {"torch", "transformers", "megatron", "numpy", "plotly"} & set(sys.modules)
+heavy = {"torch", "transformers", "megatron", "plotly"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_tspin.data.indexed import file_of, open_documents, read_sidecar, write_documents
+from megatron_tspin.data.indexed import open_documents, read_sidecar, write_documents
 from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.run_folder import file_of
 
 DOCUMENTS = [[1, 2, 3], [], [7], [5, 6, 70]]
 HEADER = 34

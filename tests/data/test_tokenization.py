@@ -7,12 +7,12 @@ import pytest
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
-from megatron_tspin.data.indexed import Documents, file_of, open_documents
+from megatron_tspin.data.indexed import Documents, open_documents
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer, tokenize_run
 from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
-from megatron_tspin.run_folder import RunFolder, document_stem, examples_path
+from megatron_tspin.run_folder import RunFolder, document_stem, examples_path, file_of
 
 ConfigOf = Callable[..., Config]
 TEMPLATE = "Q {prompt} A "

@@ -210,7 +210,7 @@ def test_examples_survive_the_round_trip(tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.processes
 def test_the_driver_imports_neither_torch_nor_transformers() -> None:
-    modules = "annotated, user_examples, paths, problems, indexed, role_documents, tokenizer"
+    modules = "annotated, user_examples, problems, indexed, role_documents, tokenizer"
     modules += ", tokenizer_loading, template, vocabulary, tokenization"
     code = (
         f"import sys; from megatron_tspin.data import {modules}; print({{'torch', 'transformers'}} & set(sys.modules))"

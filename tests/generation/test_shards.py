@@ -54,8 +54,8 @@ def generate(what: Request, folder: Path, layout: ParallelSection, stale: bool =
         engine: Any = Echo()
         tokenizer: Any = Letters()
         with stale_on_rank_1(*[folder] * stale):
-            generate_shards(what, engine, topology, tokenizer, folder)
-        return [response.model_dump() for response in read_shards(what, folder)], engine.asked
+            made = generate_shards(what, engine, topology, tokenizer, folder)
+        return [response.model_dump() for response in read_shards(made, folder)], engine.asked
 
 
 def contents(folder: Path) -> dict[str, bytes]:
