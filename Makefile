@@ -23,7 +23,7 @@ test: $(INSTALLED) lint
 	$(RUN)/python -m pytest $(BOTH_CORES) -m "$(QUICK)" --durations=15
 
 test-fast: $(INSTALLED)
-	$(RUN)/python -m pytest -q -m "$(QUICK) and not processes"
+	$(RUN)/python -m pytest $(BOTH_CORES) -q -m "$(QUICK) and not processes"
 
 test-processors: $(INSTALLED)
 	$(RUN)/python -m tests.processors

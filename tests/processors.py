@@ -22,6 +22,7 @@ from tests.rank_pool import THREADS
 from tests.rounding import BOUNDS, RECORD
 
 MARK = "exact"
+BOTH_CORES = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 CAPABILITIES = ("default", "avx2", "avx512")
 _SHOWN_LINES = 60
 
@@ -66,7 +67,8 @@ def main() -> int:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             record = Path(folder) / "rounding.jsonl"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", f"{MARK} and not slow", *sys.argv[1:]]
+            marked = [*BOTH_CORES, "-q", "-m", f"{MARK} and not slow"]
+            command = [sys.executable, "-m", "pytest", *marked, *sys.argv[1:]]
             done = subprocess.run(command, env=processor.environment(record), capture_output=True, text=True)
             shares = largest_shares(record)
         lines = done.stdout.splitlines()
