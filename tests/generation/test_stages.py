@@ -17,7 +17,7 @@ from megatron_tspin.records import Evaluation, Response
 from megatron_tspin.run_folder import HELD_OUT, RunFolder, document_stem, examples_path
 from tests.rank_pool import in_layout
 from tests.stale_disk import stale_on_rank_1
-from tests.training.test_rescoring import save_policy
+from tests.training.rescored import save_policy
 from tests.training.trajectory import make_config
 from tests.training.triplet_files import FACTS
 
