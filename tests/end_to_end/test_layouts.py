@@ -40,6 +40,7 @@ def evaluation(path: Path) -> Evaluation:
 
 
 @pytest.mark.exact
+@pytest.mark.trajectory
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_the_same_policy(layout: str, runs: Runs, base_run: Path) -> None:
     run_dir = runs[layout]

@@ -96,6 +96,7 @@ def judged(tiny_checkpoint: Any) -> Any:
     return get
 
 
+@pytest.mark.trajectory
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
@@ -105,6 +106,7 @@ def test_layouts(layout: str, kind: str, ranks: Any, tiny_checkpoint: Any, judge
     assert_same(config, (losses[0], tmp_path / "out"), judged(kind, {}))
 
 
+@pytest.mark.trajectory
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives(objective: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint("untied"), **OBJECTIVES[objective])
@@ -112,6 +114,7 @@ def test_objectives(objective: str, ranks: Any, tiny_checkpoint: Any, judged: An
     assert_same(config, (losses, tmp_path / "out"), judged("untied", OBJECTIVES[objective]))
 
 
+@pytest.mark.trajectory
 @pytest.mark.parametrize("kind", ["llama3_rope", "mistral_window"])
 def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path) -> None:
     config = make_config(tiny_checkpoint(kind), **LAYOUTS["tp2"])
@@ -119,6 +122,7 @@ def test_families(kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_
     assert_same(config, (losses, tmp_path / "out"), judged(kind, {}))
 
 
+@pytest.mark.trajectory
 @pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2_sp", "cp2", "dp2_overlap_param_gather"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_resuming_changes_no_bit(layout: str, optimizer: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.rank_pool import in_layout
 from tests.rounding import all_within, same_updates
 from tests.training.trajectory import NUM_STEPS, _steps, make_config, train_plainly, weights
 
-pytestmark = pytest.mark.exact
+pytestmark = [pytest.mark.exact, pytest.mark.trajectory]
 
 INTERLEAVED = {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2}
 
