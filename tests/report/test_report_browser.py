@@ -10,6 +10,8 @@ import pytest
 
 from megatron_tspin.report.html import write_report
 
+pytestmark = pytest.mark.processes
+
 BuildRun = Callable[..., Path]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
