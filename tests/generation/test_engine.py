@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -72,8 +73,9 @@ def answer_at_near_ties(folder: Path, layout: ParallelSection, temperature: floa
     with in_layout(layout) as topology:
         engine = Engine(load(folder, layout, topology), topology, EOS)
         forward = engine._forward
-        engine._forward = near_tie  # type: ignore[method-assign]
-        return [answer.ids for answer in engine.answer(prompts, uniforms, Decoding(temperature, 1.0, 0, NEW_TOKENS))]
+        with patch.object(engine, "_forward", near_tie):
+            answers = engine.answer(prompts, uniforms, Decoding(temperature, 1.0, 0, NEW_TOKENS))
+        return [answer.ids for answer in answers]
 
 
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, TP2_PP2], ids=str)
