@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_tspin.errors import StageError
 
@@ -28,18 +28,12 @@ def start(rank: int, port: int, error: str, log_file: Path) -> "subprocess.Popen
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "TSPIN_LOG_FILE": str(log_file),
     }
     return subprocess.Popen([sys.executable, str(PROGRAM), error], env=env, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize(
@@ -52,9 +46,10 @@ def free_port() -> int:
 def test_the_first_failure_is_told_and_ends_the_peers(
     error: str, code: int, message: str, said: str, tmp_path: Path
 ) -> None:
-    port, log_file = free_port(), tmp_path / "train_000.log"
-    failure = tmp_path / "train_000.failure.json"
-    ranks = [start(rank, port, error, log_file) for rank in range(2)]
+    # As torchrun's agent does: a port that was free a moment ago may be another process's by the time a rank wants it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    log_file, failure = tmp_path / "train_000.log", tmp_path / "train_000.failure.json"
+    ranks = [start(rank, store.port, error, log_file) for rank in range(2)]
     try:
         deadline = time.monotonic() + START_SECONDS
         while not failure.exists() and time.monotonic() < deadline:
