@@ -55,12 +55,15 @@ def save_after_a_step(hf: Path, folder: Path, parallel: ParallelSection, bf16: b
 def stored(folder: Path) -> dict[str, dict[str, int]]:
     """Bytes of tensors in each file, by what they are."""
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     metadata = FileSystemReader(folder).read_metadata()
     found: dict[str, dict[str, int]] = {}
     assert metadata.storage_data is not None
     for index, info in metadata.storage_data.items():
         described: Any = metadata.state_dict_metadata[index.fqn]
+        if not isinstance(described, TensorStorageMetadata):
+            continue  # a newer megatron-core keeps the checkpoint's facts among its tensors
         chunk = next(chunk for chunk in described.chunks if chunk.offsets == index.offset)
         size = math.prod(chunk.sizes) * described.properties.dtype.itemsize
         what = index.fqn.split(".")[2] if index.fqn.startswith("optimizer.state.") else "weights"

@@ -64,9 +64,9 @@ def write_shards(folder: Path, policy: Path, alike: int = 0) -> None:
 
 @dataclass
 class Seen:
-    """What a rank saw of a stage: how often each file of tensors was opened, and where the fp32 weights lay."""
+    """What a rank saw of a stage: how often each file was read for its tensors, and where the fp32 weights lay."""
 
-    opened: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
     in_gradient_buffers: list[bool] = field(default_factory=list)
 
 
@@ -74,17 +74,18 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> Seen:
     """On ranks: the stage."""
     from unittest.mock import patch
 
-    from torch.distributed.checkpoint.filesystem import FileSystem
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.planner import LoadItemType
 
     from megatron_tspin.training import rescoring, stages
 
     seen = Seen()
-    create_stream, in_fp32 = FileSystem.create_stream, rescoring._in_fp32
+    read_data, in_fp32 = FileSystemReader.read_data, rescoring._in_fp32
 
-    def opened(self: Any, path: Any, mode: str) -> Any:
-        if mode == "rb" and str(path).endswith(".distcp"):
-            seen.opened[Path(path).name] += 1
-        return create_stream(self, path, mode)
+    def counted(self: Any, plan: Any, planner: Any) -> Any:
+        tensors = [item for item in plan.items if item.type == LoadItemType.TENSOR]
+        seen.read.update({self.storage_data[item.storage_index].relative_path for item in tensors})
+        return read_data(self, plan, planner)
 
     def built_in_fp32(trainer: Any) -> Any:
         policies = in_fp32(trainer)
@@ -99,7 +100,7 @@ def train(config: Config, iteration: int, start: Path, save: Path) -> Seen:
 
     with (
         patch.object(stages, "distributed", joined),
-        patch.object(FileSystem, "create_stream", opened),
+        patch.object(FileSystemReader, "read_data", counted),
         patch.object(rescoring, "_in_fp32", built_in_fp32),
     ):
         stages.train_run(config, iteration, start, save)

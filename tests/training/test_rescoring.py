@@ -120,7 +120,7 @@ def test_the_checkpoint_is_read_once_and_fp32_weights_lie_in_the_gradient_buffer
     build: Build, ranks: Any, policy: Path
 ) -> None:
     (seen,) = run(ranks, build(), policy)
-    assert seen.opened == once(policy)
+    assert seen.read == once(policy)
     assert len(seen.in_gradient_buffers) > 20 and all(seen.in_gradient_buffers)
 
 
@@ -128,7 +128,7 @@ def test_the_checkpoint_is_read_once_and_fp32_weights_lie_in_the_gradient_buffer
 def test_nothing_is_measured(settings: dict[str, Any], build: Build, ranks: Any, policy: Path) -> None:
     config = build(**settings)
     (seen,) = run(ranks, config, policy)
-    assert seen.opened == once(policy) and not seen.in_gradient_buffers
+    assert seen.read == once(policy) and not seen.in_gradient_buffers
     assert not RunFolder(Path(config.run_dir)).precision(1).exists()
 
 
