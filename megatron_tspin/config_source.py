@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,26 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_tspin.config import Config
 from megatron_tspin.config_section import Affects, Section
 from megatron_tspin.errors import InputError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML alone reads `1e-6` as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+from megatron_tspin.storage import read_text
+from megatron_tspin.yaml_source import format_yaml, parse_yaml
 
 _ASSIGNMENTS = "assignments"
+_GIVEN = "given_options"
 
 
 _CHECKS = {"optimizer": Config.check_batches, "generation": Config.check_generation}
@@ -49,6 +39,29 @@ class Setting:
     def name(self) -> str:
         """Dotted name, as in error messages: `optimizer.lr`."""
         return ".".join(self.path)
+
+
+class StoreOnce(argparse.Action):
+    """Stores an option's value, and refuses a second one: argparse alone would let the last one win silently."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Called by argparse where the option stands."""
+        _refuse_twice(self, namespace)
+        setattr(namespace, self.dest, values)
+
+
+class _BooleanOnce(argparse.BooleanOptionalAction):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _refuse_twice(self, namespace)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _refuse_twice(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    """Raises argparse's error if the command line has the option already."""
+    given: set[str] = namespace.__dict__.setdefault(_GIVEN, set())
+    if action.dest in given:
+        raise argparse.ArgumentError(action, "given twice; leave one of them out")
+    given.add(action.dest)
 
 
 def settings(section: type[Section] = Config, prefix: tuple[str, ...] = ()) -> Iterator[Setting]:
@@ -85,9 +98,12 @@ def _flag_options(field: FieldInfo) -> dict[str, Any]:
     """Options of argparse's `add_argument` for a field."""
     annotation = _without_none(field.annotation)
     default = f" [{field.default}]" if not field.is_required() and field.default not in (None, []) else ""
-    options: dict[str, Any] = {"help": f"{field.description or ''}{default}".replace("%", "%%").replace("\n", "\\n")}
+    options: dict[str, Any] = {
+        "action": StoreOnce,
+        "help": f"{field.description or ''}{default}".replace("%", "%%").replace("\n", "\\n"),
+    }
     if annotation is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        options["action"] = _BooleanOnce
     elif typing.get_origin(annotation) is Literal:
         options["choices"] = typing.get_args(annotation)
     elif typing.get_origin(annotation) is list:
@@ -139,10 +155,7 @@ def _assignment(text: str, names: Iterable[str]) -> tuple[str, Any]:
         raise InputError(f"--set {text}: expected SECTION.KEY=VALUE, such as optimizer.lr=1e-6")
     if name not in names:
         raise InputError(f"--set {text}: {_unknown(name)}")
-    try:
-        return name, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {text}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    return name, parse_yaml(value, f"--set {text}")
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[str] = ()) -> Config:
@@ -199,10 +212,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping; raises InputError if the file is missing or is none."""
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected sections such as `model:` and `data:`, found {type(tree).__name__}")
     return tree
@@ -238,7 +248,4 @@ def _unknown(name: str) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every setting written out."""
-    tree = config.model_dump()
-    # PyYAML would write U+0085 as it is, and read it as a line break.
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode="\\x85" not in repr(tree))
-    return text
+    return format_yaml(config.model_dump())

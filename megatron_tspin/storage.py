@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,19 +52,59 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file, without the mark that some editors put before it.
 
     Raises:
-        InputError: The file is missing.
-        ArtifactError: It is not JSON.
+        InputError: The file is missing, cannot be read, or is not UTF-8.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        ArtifactError: It is not JSON, or an object in it has a key twice.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
         raise ArtifactError(f"{path}: not valid JSON ({error})") from error
+
+
+def parse_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """The value of a JSON text in which no object has a key twice; Python alone would let the last value win.
+
+    Args:
+        text: The JSON text.
+        parse_constant: What NaN and infinities become, as for `json.loads`.
+
+    Raises:
+        ValueError: It is not JSON, or an object has a key twice.
+    """
+    try:
+        return json.loads(text, parse_constant=parse_constant, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key `{twice}` stands in one object twice; leave one of them out")
+    return found
 
 
 def sha256_file(path: Path) -> str:

@@ -15,6 +15,7 @@ from megatron_tspin.config import Config, GenerationSection, OptimizerSection, P
 from megatron_tspin.config_section import Affects, setting
 from megatron_tspin.config_source import add_assignments, add_flags, dump_config, load_config, overrides, settings
 from megatron_tspin.errors import InputError
+from megatron_tspin.yaml_source import format_yaml, parse_yaml
 
 NEEDED = {"run_dir": "run", "model.hf_checkpoint": "hf", "data.annotated": "a.jsonl"}
 
@@ -158,6 +159,43 @@ def test_files_that_are_no_config(text: str, expected: str, tmp_path: Path) -> N
         load_config(tmp_path / "absent.yaml", {})
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "optimizer: {lr: 1e-4}\nseed: 3\noptimizer: {eps: 1e-7}\n",
+            "`optimizer` stands in line 1 and again in line 3",
+        ),
+        ("optimizer:\n  lr: 1e-4\n  eps: 1e-7\n  lr: 5e-7\n", "`lr` stands in line 2 and again in line 4"),
+        ("optimizer: {lr: 1e-4, lr: 1e-4}\n", "`lr` stands in line 1 and again in line 1"),
+        ("data: {annotated: &x {a: 1, a: 2}, held_out: *x}\n", "`a` stands in line 1 and again in line 1"),
+        ("- [{a: 1, 'a': 2}]\n", "`a` stands in line 1 and again in line 1"),
+    ],
+)
+def test_a_key_that_comes_twice_is_refused(text: str, expected: str, tmp_path: Path) -> None:
+    assert any(expected in line for line in refused(text, {}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("0x1f", 31), ("0o17", 15), ("-1", -1), ("1:30", "1:30"), ("1_000", "1_000"),
+        ("2026-01-01", "2026-01-01"),
+        ("yes", True), ("off", False), ("y", "y"), ("~", None), ("", None), ("=", "="), (".5", 0.5), ("1e6", 1e6),
+        ("0o18", "0o18"),
+        ("&x {b: 1}\nc: {<<: *x, d: 2}", {"b": 1}),
+    ],
+)  # fmt: skip
+def test_yaml_is_read_as_people_mean_it(text: str, value: Any) -> None:
+    found = parse_yaml(f"a: {text}", "here")["a"]
+    assert found == value and type(found) is type(value)
+
+
+@given(st.text(alphabet="01689ox._:-+eE~yYnNoOfFtTrRuU=<") | st.text())
+def test_yaml_keeps_texts_as_texts(text: str) -> None:
+    assert parse_yaml(format_yaml({"a": text, text: 1}), "here") == {"a": text, text: 1}
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "+1e-6", "0.000001", ".1e-5"])
 def test_numbers_are_numbers(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
@@ -247,7 +285,7 @@ def test_set_reaches_every_setting() -> None:
         (("--set", "seq_length=1"), "unknown setting `seq_length`; did you mean `data.seq_length`?"),
         (("--set", "optimizer={lr: 1}"), "unknown setting `optimizer`"),
         (("--set", "optimizer.lr"), "--set optimizer.lr: expected SECTION.KEY=VALUE"),
-        (("--set", "optimizer.lr=["), "--set optimizer.lr=[: the value is not valid YAML"),
+        (("--set", "optimizer.lr=["), "--set optimizer.lr=[: not valid YAML"),
         (("--lr", "1e-6", "--set", "optimizer.lr=1e-6"), "optimizer.lr is given twice on the command line"),
         (("--set", "seed=1", "--set", "seed=2"), "--set seed=2: seed is given twice on the command line"),
     ],
@@ -256,6 +294,15 @@ def test_refused_assignments(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError) as caught:
         parsed(*arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "again", [("--lr", "1e-6", "--lr", "2e-6"), ("--bf16", "--no-bf16"), ("--seed", "1", "--seed", "1")]
+)
+def test_a_flag_that_comes_twice_is_refused(again: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*again)
+    assert "given twice; leave one of them out" in capsys.readouterr().err
 
 
 def test_flags_parse_to_the_types_of_the_settings() -> None:

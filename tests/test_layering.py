@@ -24,6 +24,7 @@ LAYERS = [
         "config_precision",
         "config_section",
         "config_source",
+        "yaml_source",
         "log",
         "records",
         "run_folder",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from megatron_tspin.config import Config, ParallelSection
-from megatron_tspin.config_source import add_assignments, add_flags, load_config, overrides, settings
+from megatron_tspin.config_source import StoreOnce, add_assignments, add_flags, load_config, overrides, settings
 from megatron_tspin.errors import EXIT_CODE_HELP, InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def command_parser(subparsers: "Subparsers", name: str, summary: str, descriptio
         summary: One line for the list of commands.
         description: What it does, reads and writes, and an example.
     """
-    return subparsers.add_parser(
+    parser = subparsers.add_parser(
         name,
         help=summary,
         description=description,
@@ -36,6 +36,8 @@ def command_parser(subparsers: "Subparsers", name: str, summary: str, descriptio
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("action", None, StoreOnce)  # of options that name no action
+    return parser
 
 
 def add_config(parser: argparse.ArgumentParser, only: Iterable[str] | None = None, required: bool = True) -> None:

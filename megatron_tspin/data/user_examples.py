@@ -11,6 +11,7 @@ from megatron_tspin.data.problems import Problems, listed
 from megatron_tspin.data.turns import first_turn, joined, last_user_turn, shown, text_of
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
+from megatron_tspin.storage import parse_json
 
 Parsed = TypeVar("Parsed")
 
@@ -116,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = parse_json(raw.decode("utf-8"), _refuse_constant)
         if b"\\ud" in raw.lower():  # an escaped half of a surrogate pair is JSON, but no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -125,7 +126,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise InputError("holds half of a surrogate pair (an escape such as \\ud800), which is no character") from error
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, found {type(value).__name__}")
