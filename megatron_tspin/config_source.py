@@ -15,11 +15,14 @@ from pydantic.fields import FieldInfo
 from megatron_tspin.config import Config
 from megatron_tspin.config_section import Affects, Section
 from megatron_tspin.errors import InputError
+from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.storage import read_text
 from megatron_tspin.yaml_source import format_yaml, parse_yaml
 
 _ASSIGNMENTS = "assignments"
 _GIVEN = "given_options"
+THIS_FOLDER = "."
+"""The `run_dir` of the run.yaml in a run's own folder."""
 
 
 _CHECKS = {"optimizer": Config.check_batches, "generation": Config.check_generation}
@@ -162,26 +165,21 @@ def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[
     """Reads a YAML file, applies flags and validates.
 
     Args:
-        path: The YAML file; None starts from the defaults.
+        path: The YAML file; None starts from the defaults. A `run_dir` of `.` is the file's own folder, so that a
+            run is where its run.yaml lies; any other relative path is taken from the working folder.
         flags: Settings of the command line by dotted name, stronger than the file.
-        unread: Sections, and required settings by dotted name, that the command never reads. Whatever is said about
-            them is left out: a section has its defaults, a setting is empty, and neither is refused.
+        unread: Sections, and settings by dotted name, that the command never reads. Whatever is said about them is left
+            out: they have their defaults, required settings are empty, and nothing of them is refused.
 
     Raises:
-        InputError: The file is missing or no YAML mapping, or settings are refused; all of them in one message.
+        InputError: The file is missing or no YAML mapping, it is the run.yaml of a run but names another folder, or
+            settings are refused; all of them in one message.
     """
     tree = {} if path is None else read_yaml(path)
+    if path is not None and "run_dir" not in flags:
+        _place_run(tree, path)
     for name, value in flags.items():
-        *parents, leaf = name.split(".")
-        node: Any = tree
-        for parent in parents:
-            if node.get(parent) is None:  # absent, or a heading without settings
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                break  # refused below, as the file wrote it
-        else:
-            node[leaf] = value
+        _set(tree, name, value)
     for name in unread:
         _leave_out(tree, name)
     source = "the command line" if path is None else str(path)
@@ -197,15 +195,42 @@ def load_config(path: Path | None, flags: Mapping[str, Any], unread: Collection[
     return config
 
 
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Puts a setting into a tree of settings, by its dotted name."""
+    *parents, leaf = name.split(".")
+    node: Any = tree
+    for parent in parents:
+        if node.get(parent) is None:  # absent, or a heading without settings
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            return  # refused later, as the file wrote it
+    node[leaf] = value
+
+
+def _place_run(tree: dict[str, Any], path: Path) -> None:
+    """Lets a run be where its run.yaml lies, also after it was moved or copied."""
+    folder, named = path.absolute().parent, tree.get("run_dir")
+    if named == THIS_FOLDER:
+        tree["run_dir"] = str(folder)
+    elif isinstance(named, str) and RunFolder(folder).markers.is_dir() and Path(named).absolute() != folder:
+        raise InputError(
+            f"{path}: lies in the folder of a run, but its run_dir is {named}; to go on with the run in {folder} set "
+            f"`run_dir: {THIS_FOLDER}` there, or name the one that is meant with --run-dir"
+        )
+
+
 def _leave_out(tree: dict[str, Any], name: str) -> None:
-    """Takes a section out of a tree of settings, or makes a required text setting empty."""
+    """Takes a section or a setting out of a tree of settings; a required setting, always a text, becomes empty."""
     section, _, leaf = name.rpartition(".")
-    if name in Config.model_fields and not Config.model_fields[name].is_required():
-        tree.pop(name, None)
-        return
+    kind: Any = Config.model_fields[section].annotation if section else Config
     node = tree.setdefault(section, {}) if section else tree
-    if isinstance(node, dict):  # else refused as the file wrote it
+    if not isinstance(node, dict):  # refused as the file wrote it
+        return
+    if kind.model_fields[leaf].is_required():
         node[leaf] = ""
+    else:
+        node.pop(leaf, None)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

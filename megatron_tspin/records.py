@@ -131,6 +131,8 @@ class Evaluation(Record):
     """Mean sequence log-prob of the sampled held-out answers."""
     nll_per_token: float
     """Negative log-prob of the annotated held-out answers per response token."""
+    made_from: dict[str, Any] = {}
+    """What the results depend on: digests of policy, examples and scorer, and how answers were decoded."""
 
 
 class RolloutSummary(Record):

@@ -107,6 +107,18 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """For an output file that a person names: refuses what is there already, unless it is to be replaced.
+
+    Raises:
+        InputError: Something is there that is not to be replaced, or is no file.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{path}: the output must be a file")
+    if path.is_file() and not overwrite:
+        raise InputError(f"{path}: exists already; name another file, or add --overwrite to replace it")
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

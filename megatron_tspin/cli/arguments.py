@@ -64,9 +64,14 @@ def config_of(args: argparse.Namespace, unread: Collection[str] = ()) -> Config:
         unread: What the command never reads, see `config_source.load_config`.
 
     Raises:
-        InputError: It is refused.
+        InputError: It is refused, or the command line sets what the command never reads.
     """
-    return load_config(args.config, overrides(args), unread)
+    given = overrides(args)
+    flags = {item.name: item.flag or f"--set {item.name}" for item in settings()}
+    idle = [flags[name] for name in given if name in unread or name.partition(".")[0] in unread]
+    if idle:
+        raise InputError(f"{', '.join(idle)}: this command does not read that; leave it out")
+    return load_config(args.config, given, unread)
 
 
 def layout_of(args: argparse.Namespace) -> ParallelSection:
@@ -105,6 +110,12 @@ def require(args: argparse.Namespace, **flags: str) -> None:
     absent = [flag for name, flag in flags.items() if given.get(name.replace("__", ".")) is None]
     if absent:
         raise InputError(f"without --config this command needs {' and '.join(absent)}")
+
+
+def add_output(parser: argparse.ArgumentParser, purpose: str, metavar: str, required: bool = True) -> None:
+    """Adds `--output`, and `--overwrite` for what is there already."""
+    parser.add_argument("--output", type=Path, required=required, metavar=metavar, help=purpose)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there under the name of --output")
 
 
 def add_iteration(

@@ -38,7 +38,6 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--bound",
         type=float,
-        default=_PARITY_BOUND,
         metavar="X",
         help=f"largest relative difference of a sequence log-prob, with --verify [{_PARITY_BOUND}]",
     )
@@ -51,20 +50,23 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         return _convert_for_run(args)
     require(args, model__hf_checkpoint="--hf-checkpoint", save="--save")
-    if args.verify_data is not None and not args.verify:
-        raise InputError("--verify-data: only used together with --verify")
+    if not args.verify and (args.verify_data is not None or args.bound is not None):
+        raise InputError("--verify-data and --bound: only used together with --verify")
     layout = layout_of(args)
     enter_ranks(layout)
     from megatron_tspin.conversion.stages import convert_checkpoint
 
     hf_checkpoint = Path(overrides(args)["model.hf_checkpoint"])
-    convert_checkpoint(hf_checkpoint, args.save, layout, args.verify, args.verify_data, args.bound)
+    bound = _PARITY_BOUND if args.bound is None else args.bound
+    convert_checkpoint(hf_checkpoint, args.save, layout, args.verify, args.verify_data, bound)
     return EXIT_OK
 
 
 def _convert_for_run(args: argparse.Namespace) -> int:
-    if args.save is not None or args.verify or args.verify_data is not None:
-        raise InputError("--save, --verify and --verify-data are for converting without a run; leave out --config")
+    if args.verify or any(value is not None for value in (args.save, args.verify_data, args.bound)):
+        raise InputError(
+            "--save, --verify, --verify-data and --bound are for converting without a run; leave out --config"
+        )
     config = config_of(args)
     enter_ranks(config.parallel)
     from megatron_tspin.conversion.stages import convert_run

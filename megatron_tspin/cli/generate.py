@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tspin.cli.arguments import add_config, add_iteration, command_parser, config_of
+from megatron_tspin.cli.arguments import add_config, add_iteration, add_output, command_parser, config_of
 from megatron_tspin.cli.ranks import enter_ranks
 from megatron_tspin.errors import EXIT_OK
 
@@ -22,7 +22,10 @@ The same prompt, seed and iteration give the same response under every layout an
 example
   tspin generate --config runs/first/run.yaml --load runs/first/initial/checkpoint --prompts new.jsonl --output out"""
 
-_UNREAD = ("run_dir", "data.annotated", "objective", "optimizer", "self_play", "evaluation")
+_UNREAD = (
+    "run_dir", "data.annotated", "data.held_out", "data.over_long",
+    "objective", "optimizer", "self_play", "evaluation",
+)  # fmt: skip
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -30,7 +33,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = command_parser(subparsers, "generate", "sample responses to the prompts of a file", _DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl", help="examples to answer")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    add_output(parser, "folder for the shards", "DIR")
     add_iteration(parser, default=0, purpose="iteration that keys the random numbers [0]")
     add_config(parser, ("", "model", "data", "parallel", "generation"))
     parser.set_defaults(run=run)
@@ -42,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     enter_ranks(config.generation_layout())
     from megatron_tspin.generation.stages import generate_file
 
-    generate_file(config, args.load, args.prompts, args.output, args.iteration)
+    generate_file(config, args.load, args.prompts, args.output, args.iteration, args.overwrite)
     return EXIT_OK

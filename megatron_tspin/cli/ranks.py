@@ -11,6 +11,7 @@ from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, die_with_parent
 from megatron_tspin.selfplay.lock import run_lock
+from megatron_tspin.selfplay.run_config import check_same_config, with_absolute_paths
 
 
 def enter_ranks(layout: ParallelSection) -> None:
@@ -47,12 +48,13 @@ def only_writer(config: Config) -> Iterator[None]:
     """Holds the run while a stage that a person started by hand writes into it; the driver's stages hold it already.
 
     Raises:
-        InputError: A driver, or another stage started by hand, has the run.
+        InputError: A driver, or another stage started by hand, has the run; or the run began with other settings.
     """
     if LOG_FILE_VARIABLE in os.environ or os.environ.get("RANK", "0") != "0":
         yield
     else:
         with run_lock(Path(config.run_dir)):
+            check_same_config(with_absolute_paths(config, Path.cwd()))
             yield
 
 

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tspin.cli.arguments import command_parser
+from megatron_tspin.cli.arguments import add_output, command_parser
 from megatron_tspin.errors import EXIT_OK
 from megatron_tspin.log import get_logger
+from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
+from megatron_tspin.storage import refuse_existing
 
 if TYPE_CHECKING:
     from megatron_tspin.cli.arguments import Subparsers
@@ -32,7 +34,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="RUN_DIR", help="other runs to set beside it"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write [RUN_DIR/report.html]")
+    add_output(parser, "file to write [RUN_DIR/report.html]", "FILE", required=False)
     parser.set_defaults(run=run)
 
 
@@ -40,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from megatron_tspin.report.html import write_report
 
-    output = args.output or args.run_dir / "report.html"
+    output = RunFolder(args.run_dir).report
+    if args.output is not None and args.output.absolute() != output.absolute():  # the run's own is made again each time
+        output = args.output
+        refuse_existing(output, args.overwrite)
     write_report(args.run_dir, args.compare, output)
     if LOG_FILE_VARIABLE not in os.environ:  # the driver says it itself
         logger.info("report: %s", output)

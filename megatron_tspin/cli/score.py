@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tspin.cli.arguments import add_config, command_parser, config_of
+from megatron_tspin.cli.arguments import add_config, add_output, command_parser, config_of
 from megatron_tspin.cli.ranks import enter_ranks
 from megatron_tspin.errors import EXIT_OK
 
@@ -20,7 +20,10 @@ writes  the file --output, one line an example: id, log_prob (sum over the respo
 example
   tspin score --config runs/first/run.yaml --load runs/first/initial/checkpoint --data new.jsonl --output out.jsonl"""
 
-_UNREAD = ("run_dir", "data.annotated", "objective", "optimizer", "generation", "self_play", "evaluation")
+_UNREAD = (
+    "run_dir", "data.annotated", "data.held_out", "data.over_long",
+    "objective", "optimizer", "generation", "self_play", "evaluation",
+)  # fmt: skip
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -28,7 +31,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = command_parser(subparsers, "score", "log-probs of the responses of a file", _DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="examples to score")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    add_output(parser, "file to write", "FILE.jsonl")
     add_config(parser, ("", "model", "data", "training", "parallel"))
     parser.set_defaults(run=run)
 
@@ -39,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     enter_ranks(config.parallel)
     from megatron_tspin.training.stages import score_file
 
-    score_file(config, args.load, args.data, args.output)
+    score_file(config, args.load, args.data, args.output, args.overwrite)
     return EXIT_OK

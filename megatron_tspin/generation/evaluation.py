@@ -1,16 +1,21 @@
 """What a policy does on the held-out examples."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
+from megatron_tspin.data.encoding import Encoder
 from megatron_tspin.data.indexed import open_documents
+from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.generation.player import Player
-from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer
+from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer, scorer_digest
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology, on_first_rank
@@ -18,14 +23,66 @@ from megatron_tspin.records import DecodingResult, Evaluation, Response
 from megatron_tspin.run_folder import HELD_OUT, document_stem, examples_path, held_out_answers
 
 
-def evaluate_policy(config: Config, player: Player, policy: int, data: Path, results: Path) -> Evaluation:
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out examples with the ids of prompts and annotated responses; the three run in parallel."""
+
+    examples: Sequence[Example]
+    prompts: Sequence[Sequence[int]]
+    annotated: Sequence[Sequence[int]]
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all that an evaluation reads of them."""
+        digest = hashlib.sha256()
+        for example, *ids in zip(self.examples, self.prompts, self.annotated, strict=True):
+            digest.update(json.dumps([example.model_dump(), *map(list, ids)]).encode())
+        return digest.hexdigest()
+
+
+def of_run(data: Path) -> HeldOut:
+    """The held-out examples of a run's data folder, as `tspin tokenize` left them."""
+    prompts, annotated = (open_documents(document_stem(data, HELD_OUT, key)) for key in ("prompt", "annotated"))
+    whole = [[documents[index] for index in range(len(documents))] for documents in (prompts, annotated)]
+    return HeldOut(read_examples(examples_path(data, HELD_OUT)), *whole)
+
+
+def of_file(config: Config, path: Path, player: Player) -> HeldOut:
+    """The held-out examples of a user's file, encoded as `tspin tokenize` does.
+
+    Raises:
+        InputError: Lines cannot be used, or do not fit; see `data.encoding.Encoder`.
+    """
+    encoder = Encoder(config, player.template, player.eos_id)
+    encoded = encoder.encode(path, HELD_OUT, read_annotated(path))
+    return HeldOut(encoded.examples, encoded.prompts, encoded.responses)
+
+
+def decides(config: Config, player: Player, held_out: HeldOut) -> dict[str, Any]:
+    """Everything that decides about an evaluation's results; kept with them, so that none is taken for another."""
+    decodings = {name: vars(player.decoding(name == "greedy")) for name in _decodings(config)}
+    scorer = config.evaluation.scorer
+    return {
+        **player.facts,
+        "seed": config.seed,
+        "held_out": held_out.fingerprint(),
+        "decodings": decodings,
+        "scorer": None if scorer is None else [scorer.rpartition(":")[2], scorer_digest(scorer)],
+    }
+
+
+def _decodings(config: Config) -> list[str]:
+    wanted = {"greedy": config.evaluation.greedy, "sampled": config.evaluation.sampled}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+def evaluate_policy(config: Config, player: Player, policy: int, held_out: HeldOut, results: Path) -> Evaluation:
     """Answers the held-out prompts greedily and by sampling, scores the answers, and scores the annotated responses.
 
     Args:
         config: Which decodings are wanted, and the scorer, which runs on rank 0 alone.
         player: The policy.
         policy: Its number in the run.
-        data: Folder of the run's documents.
+        held_out: The examples.
         results: File that they are meant for; the shards of answers go beside it.
 
     Returns:
@@ -36,19 +93,16 @@ def evaluate_policy(config: Config, player: Player, policy: int, data: Path, res
     """
     topology = player.topology
     scorer = _load_on_first_rank(config.evaluation.scorer, topology)
-    examples = read_examples(examples_path(data, HELD_OUT))
-    prompts = open_documents(document_stem(data, HELD_OUT, "prompt"))
-    annotated = open_documents(document_stem(data, HELD_OUT, "annotated"))
-    wanted = [Prompt(example.id, prompts[index]) for index, example in enumerate(examples)]
-    decodings = {"greedy": config.evaluation.greedy, "sampled": config.evaluation.sampled}
-    folders = {name: held_out_answers(results, name) for name, is_wanted in decodings.items() if is_wanted}
+    prompts = held_out.prompts
+    wanted = [Prompt(example.id, ids) for example, ids in zip(held_out.examples, prompts, strict=True)]
+    folders = {name: held_out_answers(results, name) for name in _decodings(config)}
     requests = {
         name: player.answer(wanted, f"held-out/{policy}/{name}", folder, greedy=name == "greedy")
         for name, folder in folders.items()
     }
-    pairs = [(prompts[index], annotated[index]) for index in range(len(examples))]
+    pairs = list(zip(prompts, held_out.annotated, strict=True))
     log_probs = score_pairs(player.model, topology, pairs, description=f"held-out/{policy}/annotated")
-    judged = on_first_rank(lambda: _judged(requests, folders, examples, scorer), topology)
+    judged = on_first_rank(lambda: _judged(requests, folders, held_out.examples, scorer), topology)
     return Evaluation(
         iteration=policy,
         log_prob_annotated=fmean(log_probs),

@@ -47,17 +47,22 @@ class Player:
         size: int = self.model.architecture.vocab_size
         return size
 
+    def decoding(self, greedy: bool = False) -> Decoding:
+        """How the run chooses tokens."""
+        settings = self.config.generation
+        return Decoding(
+            temperature=0.0 if greedy else settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_new_tokens=settings.max_new_tokens,
+        )
+
     def answer(self, prompts: Sequence[Prompt], purpose: str, folder: Path, greedy: bool = False) -> Request:
         """Answers prompts into the shards that are not there yet; returns what `read_shards` reads them by."""
         settings = self.config.generation
         request = Request(
             prompts=prompts,
-            decoding=Decoding(
-                temperature=0.0 if greedy else settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_new_tokens=settings.max_new_tokens,
-            ),
+            decoding=self.decoding(greedy),
             seed=self.config.seed,
             purpose=purpose,
             batch_size=settings.batch_size,

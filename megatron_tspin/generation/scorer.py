@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.errors import InputError
+from megatron_tspin.storage import sha256_file
 
 Scorer = Callable[[Mapping[str, Any], str], float]
 """Takes the user's record of the example and the text of an answer; returns a score from 0 to 1."""
@@ -29,6 +30,20 @@ def load_scorer(name: str) -> Scorer:
         raise InputError(f"evaluation.scorer = {name!r}: {place} has no function `{function}`")
     found: Scorer = scorer
     return found
+
+
+def scorer_digest(name: str) -> str:
+    """Hex SHA-256 of the scorer's file, or the name of its installed module.
+
+    Raises:
+        InputError: The file is not there.
+    """
+    place = name.rpartition(":")[0]
+    if not place.endswith(".py"):
+        return place
+    if not Path(place).is_file():
+        raise InputError(f"evaluation.scorer = {name!r}: {place} is not a file")
+    return sha256_file(Path(place))
 
 
 def _from_file(path: Path, name: str) -> Any:

@@ -19,7 +19,7 @@ from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.log import get_logger, progress_bar
 from megatron_tspin.parallel import Topology, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.records import Response, read_records
-from megatron_tspin.run_folder import shard_path, shard_settings
+from megatron_tspin.run_folder import shard_path, shard_paths, shard_settings
 from megatron_tspin.storage import read_json, write_json, write_text
 
 _log = get_logger(__name__)
@@ -139,8 +139,15 @@ def _bind(folder: Path, settings: dict[str, Any]) -> None:
     ]
     if changed:
         raise ArtifactError(
-            f"{folder}: holds answers made with other settings ({'; '.join(changed)}); remove the folder"
+            f"{folder}: holds answers made with other settings ({'; '.join(changed)}); remove the folder, or add "
+            "--overwrite where the command has it"
         )
+
+
+def remove_shards(folder: Path) -> None:
+    """Removes all answers of a folder, and what binds them, but nothing that this module does not write."""
+    for path in (*shard_paths(folder), shard_settings(folder)):
+        path.unlink(missing_ok=True)
 
 
 def _answer_shard(

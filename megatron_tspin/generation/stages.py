@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from megatron_tspin.checkpoint.policies import policy_checkpoint
 from megatron_tspin.config import Config
@@ -12,14 +13,17 @@ from megatron_tspin.data.indexed import Documents, open_documents, write_documen
 from megatron_tspin.data.role_documents import binding_facts
 from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
-from megatron_tspin.generation.evaluation import evaluate_policy
+from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_file, of_run
 from megatron_tspin.generation.player import Player, load_player
-from megatron_tspin.generation.shards import Prompt, read_shards
+from megatron_tspin.generation.shards import Prompt, read_shards, remove_shards
+from megatron_tspin.log import get_logger
 from megatron_tspin.objective.roles import stored_roles
-from megatron_tspin.parallel import Topology, distributed, on_first_rank, wait_for_all_ranks
+from megatron_tspin.parallel import Topology, distributed, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.records import Response, RolloutSummary
-from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, shard_summary
-from megatron_tspin.storage import write_json, write_text
+from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path, held_out_answers, shard_summary
+from megatron_tspin.storage import read_json, refuse_existing, write_json, write_text
+
+_log = get_logger(__name__)
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def rollout_run(config: Config, iteration: int) -> None:
         return
     with _player(config, None, iteration) as player:
         if evaluates:
-            _evaluate(config, player, iteration, folder.evaluation(iteration))
+            _evaluate(config, player, iteration, of_run(folder.data), folder.evaluation(iteration))
         if "proto" in wanted and iteration == 0:
             _answer_training_prompts(player, folder, "proto", "proto", folder.proto, folder.data)
         if "synthetic" in wanted:
@@ -93,36 +97,62 @@ def summarise(responses: Sequence[Response], eos_id: int, annotated: Documents) 
     )
 
 
-def _evaluate(config: Config, player: Player, policy: int, output: Path) -> None:
-    if on_first_rank(output.is_file, player.topology):
+def _evaluate(config: Config, player: Player, policy: int, held_out: HeldOut, output: Path) -> None:
+    """Writes the results, unless the same ones are there."""
+    topology = player.topology
+    refuse_stale_facts("the held-out examples", {"sha256": held_out.fingerprint()}, topology)
+    wanted = on_first_rank(lambda: decides(config, player, held_out), topology)
+    if on_first_rank(lambda: _is_of(output, wanted), topology):
         return
-    folder = RunFolder(Path(config.run_dir))
-    evaluation = evaluate_policy(config, player, policy, folder.data, output)
-    on_first_rank(lambda: write_text(output, evaluation.model_dump_json(indent=2) + "\n"), player.topology)
+    found = evaluate_policy(config, player, policy, held_out, output)
+    evaluation = found.model_copy(update={"made_from": wanted})
+    on_first_rank(lambda: write_text(output, evaluation.model_dump_json(indent=2) + "\n"), topology)
 
 
-def evaluate_file(config: Config, load: Path, iteration: int, output: Path) -> None:
-    """Evaluates a checkpoint on the run's held-out examples.
+def _is_of(output: Path, wanted: dict[str, Any]) -> bool:
+    """Whether results that depend on exactly this are there."""
+    if not output.is_file():
+        return False
+    found = read_json(output)
+    same: bool = isinstance(found, dict) and found.get("made_from") == wanted
+    if not same:
+        _log.info("%s is made again: policy, examples, scorer or decoding have changed", output)
+    return same
+
+
+def evaluate_file(config: Config, load: Path, iteration: int, output: Path, overwrite: bool) -> None:
+    """Evaluates a checkpoint on held-out examples.
 
     Args:
-        config: The run, whose `tokenize` stage is done.
+        config: The examples (`data.held_out`), how they become ids, how answers are decoded, and the scorer.
         load: The checkpoint.
         iteration: Number to report it under; also part of the key of the sampled answers.
         output: JSON file (`records.Evaluation`); the answers go into a folder of the same name.
+        overwrite: Replace results that are there, with their answers.
+
+    Raises:
+        InputError: There are no examples, or results are there and not to be replaced.
     """
-    examples = examples_path(RunFolder(Path(config.run_dir)).data, HELD_OUT)
-
-    def refuse_without_examples() -> None:
-        if config.data.held_out is None or not examples.is_file():
-            raise InputError("nothing to evaluate on: set data.held_out (--held-out) and run `tspin tokenize` first")
-
+    source = config.data.held_out
+    if source is None:
+        raise InputError("nothing to evaluate on: set data.held_out (--held-out)")
     with distributed(config.generation_layout(), config.seed) as topology:
-        on_first_rank(refuse_without_examples, topology)
-        _evaluate(config, _load(config, topology, load, iteration), iteration, output)
+        on_first_rank(lambda: _make_way(output, overwrite), topology)
+        player = _load(config, topology, load, iteration)
+        _evaluate(config, player, iteration, of_file(config, Path(source), player), output)
 
 
-def generate_file(config: Config, load: Path, prompts: Path, output: Path, iteration: int) -> None:
-    """Answers the prompts of a JSONL file.
+def _make_way(output: Path, overwrite: bool) -> None:
+    refuse_existing(output, overwrite)
+    if overwrite:
+        for name in ("greedy", "sampled"):
+            remove_shards(held_out_answers(output, name))
+
+
+def generate_file(
+    config: Config, load: Path, prompts: Path, output: Path, iteration: int, overwrite: bool = False
+) -> None:
+    """Answers the prompts of a JSONL file. Shards of the same answers that are there are kept.
 
     Args:
         config: Template, tokenizer, decoding and layout.
@@ -130,9 +160,12 @@ def generate_file(config: Config, load: Path, prompts: Path, output: Path, itera
         prompts: Lines with `prompt`, or `messages`, of which the last user message is answered.
         output: Folder for the shards.
         iteration: Part of the key of the randomness.
+        overwrite: Remove the shards of other answers instead of refusing to mix them.
     """
     examples = read_prompts(prompts)
     with _player(config, load, iteration) as player:
+        if overwrite:
+            on_first_rank(lambda: remove_shards(output), player.topology)
         ids = player.template.prompt_ids(examples)
         wanted = [Prompt(example.id, prompt) for example, prompt in zip(examples, ids, strict=True)]
         player.check_lengths(wanted, prompts)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tspin.config import Config
 from megatron_tspin.config_section import Affects
-from megatron_tspin.config_source import dump_config, load_config, settings
+from megatron_tspin.config_source import THIS_FOLDER, dump_config, load_config, settings
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.objective.packing import row_packing
@@ -126,7 +126,7 @@ def write_config(config: Config) -> None:
         return
     for line, _ in _changes(before, config) if before else ():
         logger.info("%s:%s", path, line)
-    write_text(path, dump_config(config))
+    write_text(path, dump_config(config.model_copy(update={"run_dir": THIS_FOLDER})))
 
 
 def _has_done_a_stage(run_dir: Path) -> bool:

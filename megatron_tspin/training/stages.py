@@ -1,6 +1,5 @@
 """The stages that run the policy in the training layout: train an iteration, score given responses."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from megatron_tspin.checkpoint.policies import load_policy, newest_whole, policy_checkpoint
 from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
-from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_chunks
 from megatron_tspin.models.hf_config import read_architecture
@@ -17,13 +15,13 @@ from megatron_tspin.models.policy import num_parameters
 from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import computed_roles, has_reference
 from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import distributed, refuse_stale_facts, wait_for_all_ranks
+from megatron_tspin.parallel import distributed, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.platform import device
 from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse
 from megatron_tspin.run_folder import RunFolder, step_folder, step_folders, step_leftovers, step_of
 from megatron_tspin.step_metrics import StepMetrics
-from megatron_tspin.storage import sha256_file, write_text
+from megatron_tspin.storage import refuse_existing, sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
 from megatron_tspin.training.precision_noise import noise_scalars
@@ -160,7 +158,7 @@ def keep_latest(checkpoints: Path, step: int, count: int) -> None:
             shutil.rmtree(path)
 
 
-def score_file(config: Config, load: Path, data: Path, output: Path) -> None:
+def score_file(config: Config, load: Path, data: Path, output: Path, overwrite: bool) -> None:
     """Writes the sequence log-prob of each response of a JSONL file.
 
     Args:
@@ -168,14 +166,17 @@ def score_file(config: Config, load: Path, data: Path, output: Path) -> None:
         load: The checkpoint to score under.
         data: Lines with `prompt` and `response` (text, closed with EOS), or with `prompt_ids` and `response_ids`.
         output: `ScoredResponse` lines, in the order of `data`.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        InputError: A file or a line of it cannot be used, or `output` is there and not to be replaced.
     """
-    if os.path.lexists(output) and not output.is_file():
-        raise InputError(f"{output}: --output must be a file")
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     architecture.check_layout(config.parallel)
     ids, pairs = read_scoring_input(config, data, architecture.vocab_size)
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed, config.precision.tokens_multiple) as topology:
+        on_first_rank(lambda: refuse_existing(output, overwrite), topology)
         model = load_policy(architecture, layout, config.training, config.precision, topology, load)
         scores = score_pairs(model, topology, pairs, description="score")
         if topology.speaks:

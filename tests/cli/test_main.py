@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from megatron_tspin.cli import main as main_module
 from megatron_tspin.cli.main import build_parser, main
 from megatron_tspin.config import Config, ParallelSection
-from megatron_tspin.config_source import dump_config
+from megatron_tspin.config_source import dump_config, settings
 from megatron_tspin.errors import DivergenceError, InputError, ParityError, StageError
 from tests.selfplay.fake_world import tree_of
 
@@ -121,9 +122,11 @@ def test_examples_in_the_help_are_valid_command_lines(command: str) -> None:
 
 def test_stage_commands_call_their_functions(calls: Calls, world: Path, run_yaml: str) -> None:
     config = Config.model_validate(tree_of(world))
-    scored, answered = ({**tree_of(world, run_dir="", data__annotated=""), "evaluation": {}} for _ in range(2))
-    del scored["generation"]
-    for tree in (scored, answered):
+    unread = {"run_dir": "", "data__annotated": ""}
+    answered = tree_of(world, **unread, data__held_out=None, evaluation={})
+    scored = tree_of(world, **unread, data__held_out=None, evaluation={}, generation={})
+    evaluated = tree_of(world, **unread)
+    for tree in (scored, answered, evaluated):
         del tree["self_play"]
     config_flag = ["--config", run_yaml]
     here = Path
@@ -139,15 +142,15 @@ def test_stage_commands_call_their_functions(calls: Calls, world: Path, run_yaml
         ),
         (
             ["score", *config_flag, "--load", "a", "--data", "b", "--output", "c"],
-            ("score_file", (Config.model_validate(scored), here("a"), here("b"), here("c"))),
+            ("score_file", (Config.model_validate(scored), here("a"), here("b"), here("c"), False)),
         ),
         (
             ["generate", *config_flag, "--load", "a", "--prompts", "b", "--output", "c"],
-            ("generate_file", (Config.model_validate(answered), here("a"), here("b"), here("c"), 0)),
+            ("generate_file", (Config.model_validate(answered), here("a"), here("b"), here("c"), 0, False)),
         ),
         (
             ["evaluate", *config_flag, "--load", "a", "--iteration", "3", "--output", "c"],
-            ("evaluate_file", (config, here("a"), 3, here("c"))),
+            ("evaluate_file", (Config.model_validate(evaluated), here("a"), 3, here("c"), False)),
         ),
         (
             ["report", "a", "--compare", "b", "c"],
@@ -177,6 +180,7 @@ def test_conversion_without_a_run(calls: Calls, monkeypatch: pytest.MonkeyPatch)
         (["convert"], "--hf-checkpoint and --save"),
         (["export", "--save", "x"], "--load and --hf-checkpoint"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--verify-data", "c"], "together with --verify"),
+        (["convert", "--hf-checkpoint", "a", "--save", "b", "--bound", "1"], "together with --verify"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--seed", "1"], "--seed: only used together with --config"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--set", "seed=1"], "--seed: only used together with"),
         (
@@ -219,6 +223,88 @@ def test_generate_asks_only_for_what_it_reads(calls: Calls, world: Path, capsys:
     assert main(argv) == 0
     assert main([*argv, "--tspin-max-new-tokens", "2048"]) == 2
     assert f"{path}: generation.max_new_tokens (2048) must be smaller" in capsys.readouterr().err
+
+
+class ReadArguments(argparse.Namespace):
+    """Remembers which options were looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked_at: set[str] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and name != "looked_at":
+            self.looked_at.add(name)
+        return super().__getattribute__(name)
+
+
+def options_of(command: str) -> list[argparse.Action]:
+    subparsers: Any = build_parser()._subparsers
+    actions = subparsers._group_actions[0].choices[command]._actions
+    return [action for action in actions if not isinstance(action, argparse._HelpAction)]
+
+
+def given(action: argparse.Action, world: Path) -> list[str]:
+    """An option with some value that is not its default."""
+    if action.nargs == 0:
+        return [action.option_strings[-1]]
+    if action.choices is not None:
+        return [action.option_strings[0], list(action.choices)[-1]]
+    number = action.metavar in ("N", "X")
+    return [action.option_strings[0], "2" if number else str(world / "named")]
+
+
+FILE_COMMANDS = {
+    "generate": ["--load", "a", "--prompts", "b", "--output", "c"],
+    "score": ["--load", "a", "--data", "b", "--output", "c"],
+    "evaluate": ["--load", "a", "--iteration", "3", "--output", "c"],
+    "convert": ["--hf-checkpoint", "a", "--save", "b"],
+    "export": ["--load", "a", "--hf-checkpoint", "b", "--save", "c"],
+}
+
+
+@pytest.mark.parametrize("command", [*FILE_COMMANDS, "convert --config", "export --config"])
+def test_an_option_is_read_or_refused(
+    command: str, calls: Calls, world: Path, run_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No option that a person gives is passed over in silence; settings have a test of their own below."""
+    name, _, with_config = command.partition(" ")
+    needed = ["--config", run_yaml] if with_config else FILE_COMMANDS[name]
+    if name in ("generate", "score", "evaluate"):
+        needed = ["--config", run_yaml, *needed]
+    names = {item.name for item in settings()}
+    passed_over = []
+    for action in options_of(name):
+        if action.dest in names or action.dest in ("assignments", "config") or action.option_strings[0] in needed:
+            continue
+        parsed = build_parser().parse_args([name, *needed, *given(action, world)], ReadArguments())
+        parsed.looked_at.clear()
+        try:
+            parsed.run(parsed)
+        except InputError as error:
+            assert action.option_strings[0] in str(error) or action.dest in str(error), (action.dest, str(error))
+            continue
+        if action.dest not in parsed.looked_at:
+            passed_over.append(action.dest)
+    assert passed_over == []
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [
+        ("generate", ("--held-out", "x")),
+        ("generate", ("--set", "evaluation.greedy=false")),
+        ("score", ("--over-long", "drop")),
+        ("score", ("--set", "generation.temperature=0")),
+        ("evaluate", ("--annotated", "x")),
+        ("evaluate", ("--set", "self_play.iterations=3")),
+    ],
+)
+def test_a_setting_that_a_command_does_not_read_is_refused(
+    command: str, setting: tuple[str, ...], calls: Calls, run_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--config", run_yaml, *FILE_COMMANDS[command], *setting]) == 2
+    assert "this command does not read that" in capsys.readouterr().err and calls.last is None
 
 
 def test_flags_of_a_run_and_of_a_checkpoint_do_not_mix(calls: Calls, run_yaml: str) -> None:

@@ -17,7 +17,7 @@ from megatron_tspin.records import (
 )
 from megatron_tspin.step_metrics import StepMetrics
 from tests.end_to_end.runs import LAYOUTS, Runs
-from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed
+from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, NUM_TRAIN, sha256_of, succeed, tspin
 from tests.rounding import all_within, same_updates
 
 pytestmark = pytest.mark.processes
@@ -122,12 +122,18 @@ def test_generate_by_hand(base_run: Path, runs: Runs, tmp_path: Path) -> None:
     assert any(answer.ended and answer.text for answer in answers)
 
 
-def test_evaluate_by_hand(base_run: Path, tmp_path: Path) -> None:
+def test_evaluate_by_hand(base_run: Path, runs: Runs, tmp_path: Path) -> None:
     output = tmp_path / "policy.json"
     arguments = ("--config", base_run / "run.yaml", "--load", base_run / LAST, "--iteration", 1, "--output", output)
     succeed("evaluate", *arguments)
     assert evaluation(output) == evaluation(base_run / "evaluation/policy_001.json")
     assert evaluation(output) != evaluation(base_run / "evaluation/policy_000.json")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((runs.folder / "held_out.jsonl").open().readlines()[:3]))
+    again = tspin("evaluate", *arguments, "--held-out", fewer)
+    assert again.returncode == 2 and f"{output}: exists already" in again.stderr
+    succeed("evaluate", *arguments, "--held-out", fewer, "--overwrite")
+    assert json.loads(output.read_text())["sampled"]["num_prompts"] == 3
 
 
 def test_convert_and_export_by_hand(base_run: Path, tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ def answered(topology: Any) -> Any:
             shard_path(folder, 0).write_text("".join(response.line() for response in answers))
         return request
 
-    return SimpleNamespace(topology=topology, model=None, answer=answer)
+    facts = {"checkpoint_sha256": "of the policy"}
+    return SimpleNamespace(
+        topology=topology, model=None, answer=answer, decoding=lambda greedy=False: decoding, facts=facts, eos_id=1
+    )
 
 
 def evaluate(config: Config, answers: Path) -> Evaluation | str:
@@ -86,7 +89,7 @@ def evaluate(config: Config, answers: Path) -> Evaluation | str:
     with in_layout(TWO) as topology, patch.object(evaluation, "score_pairs", lambda *_, **__: [-1.0] * COUNT):
         data = RunFolder(Path(config.run_dir)).data
         try:
-            return evaluation.evaluate_policy(config, answered(topology), 0, data, answers)
+            return evaluation.evaluate_policy(config, answered(topology), 0, evaluation.of_run(data), answers)
         except InputError as error:
             return str(error)
 
@@ -145,8 +148,7 @@ def rollout(config: Config, policy: int, stale: list[Path]) -> tuple[list[Path],
         stale_on_rank_1(*stale),
     ):
         stages.rollout_run(config, policy)
-        output = RunFolder(Path(config.run_dir)).evaluation(policy)
-        stages.evaluate_file(config, loaded[-1], policy, output)
+        stages.rollout_run(config, policy)
     return loaded, len(begun)
 
 
@@ -157,7 +159,7 @@ def test_all_ranks_take_the_checkpoint_and_the_results_that_rank_0_sees(
     done = config.self_play.iterations
     checkpoint = folder.checkpoints(done - 1) / "step_00000003"
     ranks(1).run(save_policy, Path(config.model.hf_checkpoint), checkpoint)
-    stale = [folder.checkpoints(done - 1), folder.evaluation(done), examples_path(folder.data, HELD_OUT)]
+    stale = [folder.checkpoints(done - 1), folder.evaluation(done)]
     found = ranks(2).run(rollout, config, done, stale)
-    assert found == [([checkpoint] * 2, 1)] * 2  # the second evaluation is there already
+    assert found == [([checkpoint] * 2, 1)] * 2  # the results are there the second time
     assert ranks(2).run(rollout, config, done, stale) == [([checkpoint] * 2, 0)] * 2

@@ -1,10 +1,13 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_tspin.cli.ranks import only_writer
 from megatron_tspin.config import Config
+from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY, EXIT_STAGE, InputError, StageError
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import plan
@@ -276,3 +279,45 @@ def test_only_run_dir_is_written(fake: FakeRun) -> None:
     after = {path for path in fake.world.rglob("*") if not path.is_relative_to(fake.run_dir)}
     assert {path.name for path in after - before} == {"started.txt"}
     assert Path(fake.run_dir / "run.yaml").is_file()
+
+
+def test_a_moved_run_goes_on_where_it_is(fake: FakeRun, world: Path) -> None:
+    fake.go()
+    fake.take_started()
+    moved = world / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    fake.run_dir.rename(moved)
+    config = load_config(moved / "run.yaml", {})
+    assert Path(config.run_dir) == moved
+    fake.run_dir = moved
+    assert fake.go(config) == 0 and fake.take_started() == []
+    assert not Path(fake.config.run_dir).exists()
+
+
+def test_a_copied_run_leaves_the_original_alone(fake: FakeRun, world: Path) -> None:
+    fake.go()
+    fake.take_started()
+    original, copy = fake.run_dir, world / "copy"
+    before = {path: path.stat().st_mtime_ns for path in original.rglob("*") if path.is_file()}
+    shutil.copytree(original, copy)
+    (copy / "report.html").write_text("another one")
+    fake.run_dir = copy
+    assert fake.go(load_config(copy / "run.yaml", {})) == 0 and fake.take_started() == ["report"]
+    assert {path: path.stat().st_mtime_ns for path in original.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_yaml_that_names_another_folder_is_refused(fake: FakeRun, world: Path) -> None:
+    fake.go()
+    path = fake.run_dir / "run.yaml"
+    path.write_text(path.read_text().replace("run_dir: .", f"run_dir: {world / 'other'}"))
+    with pytest.raises(InputError, match=rf"{path}: lies in the folder of a run, but its run_dir is {world}/other"):
+        load_config(path, {})
+    assert load_config(path, {"run_dir": str(fake.run_dir)}).run_dir == str(fake.run_dir)
+
+
+def test_a_stage_by_hand_keeps_to_the_settings_of_the_run(fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    fake.go()
+    config = load_config(fake.run_dir / "run.yaml", {"optimizer.lr": 1e-3})
+    with pytest.raises(InputError, match=r"optimizer.lr: 5e-07 in the run, 0.001 now"), only_writer(config):
+        pass
