@@ -39,6 +39,9 @@ class DataSection(Section):
     template: str = result(
         PAPER_TEMPLATE, "--template", "Text around `{prompt}`, or `chat` for the tokenizer's own chat template."
     )
+    closing_token: str | None = result(
+        None, None, "Text of the token that closes an annotated response [as tokenizer, configs and template say]."
+    )
     seq_length: int = result(2048, "--seq-length", "Most tokens of a prompt and one response together.", ge=8)
     over_long: Literal["refuse", "drop", "truncate"] = result(
         "refuse", "--over-long", "What to do with an annotated response that does not fit into --seq-length."

@@ -26,11 +26,13 @@ class Response(Record):
     id: str
     """Id of the prompt."""
     response_ids: list[int]
-    """Sampled token ids; the EOS is there if and only if it was sampled."""
+    """Sampled token ids; the token that ended it is there if and only if it was sampled."""
     token_log_probs: list[float]
     """log pi of each id under the policy at temperature 1, whatever the sampling settings were."""
     ended: bool
-    """Whether the EOS was sampled before the limit on new tokens."""
+    """Whether a token that ends responses was sampled before the limit on new tokens."""
+    ended_by: int | None = None
+    """The id of that token."""
     text: str
     """The ids decoded, special tokens left out; for people and scorers."""
 
@@ -141,11 +143,15 @@ class RolloutSummary(Record):
     num_responses: int
     ended_share: float
     empty_share: float
-    """Share of responses that consist of the EOS alone."""
+    """Share of responses that consist of the token that ended them alone."""
     identical_share: float | None
     """Share equal to the annotated response."""
     mean_tokens: float
     mean_log_prob: float
+    endings: dict[str, int] = {}
+    """How many responses each token ended, by its text."""
+    passed_over: str | None = None
+    """Text of a special token that most responses without an end hold and go on after; None if there is none."""
 
 
 RecordType = TypeVar("RecordType", bound=Record)

@@ -1,6 +1,6 @@
 """From examples to token ids, with a stated policy for what does not fit."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class EncodedExamples:
     examples: list[Example] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     responses: list[list[int]] = field(default_factory=list)
-    """Annotated responses, closed by EOS unless they were truncated."""
+    """Annotated responses, closed unless they were truncated."""
 
     def add(self, example: Example, prompt: list[int], response: list[int]) -> None:
         """Appends one example."""
@@ -39,15 +39,15 @@ class Encoder:
     Args:
         config: The run's config.
         template: Makes the ids.
-        eos_id: Closes a response.
+        stop_ids: End a response.
     """
 
-    def __init__(self, config: Config, template: PromptTemplate, eos_id: int) -> None:
+    def __init__(self, config: Config, template: PromptTemplate, stop_ids: Collection[int]) -> None:
         self._seq_length = config.data.seq_length
         self._over_long = config.data.over_long
         self._max_new_tokens = config.generation.max_new_tokens
         self._template = template
-        self._eos_id = eos_id
+        self._stop_ids = stop_ids
 
     def encode(self, source: Path, split: str, examples: Sequence[Example]) -> EncodedExamples:
         """Encodes all examples of a split, with a progress bar.
@@ -85,8 +85,8 @@ class Encoder:
                 outcome.refuse(index, example, reason, len(prompt) + len(response))
             if self._over_long != "truncate":
                 return
-        if self._eos_id in response[:-1]:
-            outcome.inner_eos.append(example.id)
+        if any(token in self._stop_ids for token in response[:-1]):
+            outcome.inner_stops.append(example.id)
         outcome.encoded.add(example, prompt, response[:room])
 
     def _report(self, split: str, outcome: "_Outcome", total: int) -> None:
@@ -96,13 +96,13 @@ class Encoder:
             logger.warning(
                 "%s: %s %s examples over %d tokens: %s", split, done, count, self._seq_length, listed(outcome.unfit)
             )
-        if outcome.inner_eos:
+        if outcome.inner_stops:
             logger.warning(
-                "%s: %d of %d annotated responses hold the EOS token before their end: %s",
+                "%s: %d of %d annotated responses hold a token that ends responses before their end: %s",
                 split,
-                len(outcome.inner_eos),
+                len(outcome.inner_stops),
                 total,
-                listed(outcome.inner_eos),
+                listed(outcome.inner_stops),
             )
 
 
@@ -113,7 +113,7 @@ class _Outcome:
         self.encoded = EncodedExamples()
         self.unfit: list[str] = []
         """Ids of examples whose annotated response is too long."""
-        self.inner_eos: list[str] = []
+        self.inner_stops: list[str] = []
         self._source = source
         self._seq_length = seq_length
         self._refused: list[tuple[int, str]] = []

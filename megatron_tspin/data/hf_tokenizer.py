@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_tspin.data.continuation import without_prefix
-from megatron_tspin.data.tokenizer import resolve_eos
+from megatron_tspin.data.endings import endings_text, resolve_endings
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_text
 
@@ -20,9 +20,10 @@ class HFTokenizer:
     Args:
         folder: The HF folder.
         threads: Threads of a batch; the library's pool is made once in a process.
+        checkpoint: Folder whose configs name the ids that end a response.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, checkpoint: Path) -> None:
         self._folder = folder
         os.environ["RAYON_NUM_THREADS"] = str(threads)
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
@@ -31,10 +32,16 @@ class HFTokenizer:
         self._backend.no_truncation()  # tokenizer.json may carry both, and either would change ids unseen
         self._backend.no_padding()
         self._continuing = without_prefix(self._backend)
-        self.eos_id = resolve_eos(self._tokenizer.eos_token_id, folder)
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, facts in added.items() if facts.special)
+        self.endings = resolve_endings(self._tokenizer.eos_token_id, self.token_text, checkpoint)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        parts = [json.loads(self._backend.to_str()), self.eos_id, self._tokenizer.chat_template]
-        self.fingerprint = sha256_text(json.dumps(parts, sort_keys=True))
+        self._rules = [json.loads(self._backend.to_str()), self._tokenizer.chat_template]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what decides about ids."""
+        return sha256_text(json.dumps([*self._rules, endings_text(self.endings)], sort_keys=True))
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
@@ -47,12 +54,22 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and ids beyond the vocabulary left out."""
-        kept = [token for token in ids if token != self.eos_id]  # which is not special if the checkpoint names it
+        stops = self.endings.stops  # not all of them are special
+        kept = [token for token in ids if token not in stops]
         text: str = self._backend.decode(kept, skip_special_tokens=True)
         return text
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The messages in the chat format, with the generation prompt.
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with exactly this text."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
+
+    def token_text(self, token: int) -> str:
+        """A token as its vocabulary writes it."""
+        return self._backend.id_to_token(token) or f"<no token {token}>"
+
+    def render_chat(self, messages: Sequence[dict[str, str]], generation_prompt: bool = True) -> str:
+        """The messages in the chat format.
 
         Raises:
             InputError: There is no chat template, or it refuses the messages.
@@ -62,7 +79,9 @@ class HFTokenizer:
                 f"{self._folder}: the tokenizer has no chat template; give --template a text with {{prompt}} instead"
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
         except Exception as error:  # a template raises whatever its expressions raise
             roles = [message["role"] for message in messages]
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from megatron_tspin.data.continuation import without_dummy_prefix
-from megatron_tspin.data.tokenizer import resolve_eos
+from megatron_tspin.data.endings import endings_text, resolve_endings
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_file, sha256_text
 
@@ -17,9 +17,10 @@ class SentencePieceTokenizer:
     Args:
         model: The file.
         threads: Threads of a batch.
+        checkpoint: Folder whose configs name the ids that end a response.
     """
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, checkpoint: Path) -> None:
         self._model = model
         self._threads = threads
         try:
@@ -29,9 +30,15 @@ class SentencePieceTokenizer:
         model_bytes: bytes = self._processor.serialized_model_proto()
         self._continuing = SentencePieceProcessor(model_proto=without_dummy_prefix(model_bytes))
         self._bos = _known(self._processor.bos_id())
-        self.eos_id = resolve_eos(_known(self._processor.eos_id()), model.parent)
         self.vocab_size = int(self._processor.get_piece_size())
-        self.fingerprint = sha256_text(f"{sha256_file(model)} {self.eos_id}")
+        self.special_ids = frozenset(filter(self._processor.is_control, range(self.vocab_size)))
+        self.endings = resolve_endings(_known(self._processor.eos_id()), self.token_text, checkpoint)
+        self._model_digest = sha256_file(model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what decides about ids."""
+        return sha256_text(f"{self._model_digest} {endings_text(self.endings)}")
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text, after BOS if special tokens are asked for and the model has one."""
@@ -46,11 +53,22 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and ids beyond the vocabulary left out."""
-        kept = [token for token in ids if token < self.vocab_size and not self._is_special(token)]
+        left_out = self.special_ids | self.endings.stops
+        kept = [token for token in ids if token < self.vocab_size and token not in left_out]
         text: str = self._processor.decode(kept)
         return text
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def token_id(self, text: str) -> int | None:
+        """The id of the piece with exactly this text."""
+        token = int(self._processor.piece_to_id(text))
+        return token if self._processor.id_to_piece(token) == text else None
+
+    def token_text(self, token: int) -> str:
+        """A piece as the model writes it."""
+        known = 0 <= token < self._processor.get_piece_size()
+        return str(self._processor.id_to_piece(token)) if known else f"<no token {token}>"
+
+    def render_chat(self, messages: Sequence[dict[str, str]], generation_prompt: bool = True) -> str:
         """Always refused: a SentencePiece model holds no chat template.
 
         Raises:
@@ -60,9 +78,6 @@ class SentencePieceTokenizer:
             f"{self._model}: a SentencePiece model has no chat template; give --template a text with {{prompt}}, "
             "or --tokenizer-model an HF folder with a chat template"
         )
-
-    def _is_special(self, token: int) -> bool:
-        return token == self.eos_id or bool(self._processor.is_control(token))
 
 
 def _known(identifier: int) -> int | None:

@@ -26,7 +26,7 @@ class PromptTemplate:
         self._template = template
         self._tokenizer = tokenizer
         self._is_chat = template == CHAT_TEMPLATE
-        self._drops_eos = not self._is_chat and _adds_eos(tokenizer)
+        self._added_end = [] if self._is_chat else _added_end(tokenizer)
         self._dropped: dict[str, bool] = {}
         # The chat template is the tokenizer's and so part of its fingerprint.
         parts = [template, tokenizer.fingerprint] if self._is_chat else [template]
@@ -45,8 +45,8 @@ class PromptTemplate:
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each prompt, up to and including the text that introduces the response.
 
-        A plain template gets the tokenizer's special tokens (e.g. BOS) except a closing EOS; a chat template brings
-        its own.
+        A plain template gets the tokenizer's special tokens (e.g. BOS) except those after a text; a chat template
+        brings its own.
 
         Raises:
             InputError: The tokenizer has no chat template, or it refuses the messages.
@@ -63,7 +63,7 @@ class PromptTemplate:
 
         Args:
             examples: Prompts with responses.
-            closed: Let EOS follow each response that does not end in it.
+            closed: Let the closing token follow each response that does not end in it.
 
         Raises:
             InputError: The tokenizer has no chat template, or it refuses the messages.
@@ -71,15 +71,14 @@ class PromptTemplate:
         texts = [self.text(example) for example in examples]
         responses = self._ids_of_responses(texts, [example.response for example in examples])
         if closed:
-            eos = self._tokenizer.eos_id
-            responses = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in responses]
+            closing = self._tokenizer.endings.closing
+            responses = [ids if ids[-1:] == [closing] else [*ids, closing] for ids in responses]
         return self._ids_of_prompts(texts), responses
 
     def _ids_of_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         prompts = self._tokenizer.encode_batch(texts, add_special_tokens=not self._is_chat)
-        if not self._drops_eos:
-            return prompts
-        return [ids[:-1] if ids[-1:] == [self._tokenizer.eos_id] else ids for ids in prompts]
+        size = len(self._added_end)
+        return [ids[:-size] if size and ids[-size:] == self._added_end else ids for ids in prompts]
 
     def _ids_of_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_continuations(responses)
@@ -100,7 +99,8 @@ class PromptTemplate:
         return self._dropped[space]
 
 
-def _adds_eos(tokenizer: Tokenizer) -> bool:
-    """Whether special tokens close a text with EOS; not asked of an empty text, as BOS and EOS may be the same id."""
-    (ids,) = tokenizer.encode_batch(["a"], add_special_tokens=True)
-    return ids[-1:] == [tokenizer.eos_id]
+def _added_end(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts after a text; not asked of an empty one: BOS and EOS may be the same."""
+    (bare,), (whole,) = (tokenizer.encode_batch(["a"], add_special_tokens=special) for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    return next((whole[at + len(bare) :] for at in starts if whole[at : at + len(bare)] == bare), [])

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin.config import Config
+from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.data.annotated import Example, write_examples
 from megatron_tspin.data.encoding import Encoder
+from megatron_tspin.data.endings import endings_of_run
 from megatron_tspin.data.indexed import open_documents, write_documents
 from megatron_tspin.data.template import RESPONSE_RULE, PromptTemplate
 from megatron_tspin.data.tokenizer import Tokenizer
@@ -21,13 +22,15 @@ logger = get_logger(__name__)
 
 
 def load_run_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a run, checked against its model.
+    """The tokenizer of a run, which knows what ends the run's responses, checked against its model.
 
     Raises:
         InputError: There is none, or it does not fit the model.
     """
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.hf_checkpoint, config.data.tokenizer_threads)
-    check_vocabulary(tokenizer, model_vocab_size(Path(config.model.hf_checkpoint)))
+    checkpoint, data = Path(config.model.hf_checkpoint), config.data
+    tokenizer = load_tokenizer(config.model.tokenizer or str(checkpoint), data.tokenizer_threads, checkpoint)
+    tokenizer.endings = endings_of_run(tokenizer, data.template == CHAT_TEMPLATE, data.closing_token)
+    check_vocabulary(tokenizer, model_vocab_size(checkpoint))
     return tokenizer
 
 
@@ -46,7 +49,8 @@ def tokenize_run(config: Config) -> None:
     _warn_of_overlap(examples)
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
-    encoder = Encoder(config, template, tokenizer.eos_id)
+    logger.info("responses: %s", _shown_endings(tokenizer))
+    encoder = Encoder(config, template, tokenizer.endings.stops)
     facts = {split: _facts(config, split, path, template, tokenizer) for split, path in sources.items()}
     folder = RunFolder(Path(config.run_dir)).data
     stale = {split: path for split, path in sources.items() if not _is_current(folder, split, facts[split])}
@@ -60,6 +64,16 @@ def tokenize_run(config: Config) -> None:
         logger.info("%s: %d examples in %s", split, len(found.examples), folder)
 
 
+def _shown_endings(tokenizer: Tokenizer) -> str:
+    """What ends them, for people."""
+    closing, *others = (
+        f"{tokenizer.token_text(token)!r} ({token})"
+        for token in [tokenizer.endings.closing, *sorted(tokenizer.endings.stops - {tokenizer.endings.closing})]
+    )
+    also = f"; sampled ones stop at {', '.join(others)} too" if others else ""
+    return f"annotated ones close with {closing}{also} (data.closing_token changes that)"
+
+
 def _facts(config: Config, split: str, source: Path, template: PromptTemplate, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that decides about the documents of a split."""
     return {
@@ -67,7 +81,8 @@ def _facts(config: Config, split: str, source: Path, template: PromptTemplate, t
         "source_sha256": sha256_file(source),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "template_fingerprint": template.fingerprint,
-        "eos_id": tokenizer.eos_id,
+        "closing_id": tokenizer.endings.closing,
+        "stop_ids": sorted(tokenizer.endings.stops),
         "response_rule": RESPONSE_RULE,
         "vocab_size": model_vocab_size(Path(config.model.hf_checkpoint)),
         "seq_length": config.data.seq_length,

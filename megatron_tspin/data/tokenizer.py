@@ -1,22 +1,25 @@
 """What the project asks of a tokenizer."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from megatron_tspin.errors import InputError
-from megatron_tspin.storage import read_json
+from megatron_tspin.data.endings import Endings
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    eos_id: int
-    """Closes a response."""
+    endings: Endings
+    """Which tokens end a response; a run may know better than the tokenizer's own files."""
+    special_ids: frozenset[int]
+    """Tokens that stand for no text of their own, such as BOS and those around a turn."""
     vocab_size: int
     """Largest id + 1, added tokens included."""
-    fingerprint: str
-    """Hex SHA-256 of everything that decides about ids: vocabulary, rules, special tokens, chat template."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides about ids: vocabulary, rules, special tokens, chat template, endings."""
+        ...
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; `add_special_tokens` adds e.g. BOS as the tokenizer was made to."""
@@ -30,35 +33,22 @@ class Tokenizer(Protocol):
         """The text of the ids, special tokens left out."""
         ...
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with exactly this text; None if there is none."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """A token as its vocabulary writes it."""
+        ...
+
+    def render_chat(self, messages: Sequence[dict[str, str]], generation_prompt: bool = True) -> str:
         """The messages in the tokenizer's chat format, up to where the assistant starts to answer.
+
+        Args:
+            messages: A conversation.
+            generation_prompt: Add what introduces the answer.
 
         Raises:
             InputError: There is no chat template, or it refuses the messages.
         """
         ...
-
-
-def resolve_eos(own: int | None, folder: Path) -> int:
-    """The id that ends a response: the tokenizer's own EOS, else the first that the checkpoint's configs name.
-
-    Args:
-        own: The tokenizer's EOS id, None if it has none.
-        folder: Where generation_config.json and config.json may be.
-
-    Raises:
-        InputError: No EOS anywhere.
-    """
-    if own is not None:
-        return own
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            found: Any = read_json(folder / name)
-            value = found.get("eos_token_id") if isinstance(found, dict) else None
-            first = value[0] if isinstance(value, list) and value else value
-            if isinstance(first, int) and not isinstance(first, bool):
-                return first
-    raise InputError(
-        f"{folder}: the tokenizer has no EOS token, and neither generation_config.json nor config.json names an "
-        "eos_token_id, so no response could end; set `eos_token` in tokenizer_config.json"
-    )

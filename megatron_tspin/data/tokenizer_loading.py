@@ -8,7 +8,7 @@ from megatron_tspin.errors import InputError
 _HF_FILE = "tokenizer.json"
 
 
-def load_tokenizer(path: str, threads: int = 1) -> Tokenizer:
+def load_tokenizer(path: str, threads: int = 1, checkpoint: Path | None = None) -> Tokenizer:
     """Loads an HF folder with `tokenizer.json`, or a SentencePiece model.
 
     Nothing is downloaded and no code of the folder is run.
@@ -16,6 +16,7 @@ def load_tokenizer(path: str, threads: int = 1) -> Tokenizer:
     Args:
         path: Folder with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
         threads: Threads that encode a batch. For HF tokenizers the first one of a process decides.
+        checkpoint: Folder of the model, whose configs name ids that end a response [the tokenizer's own].
 
     Raises:
         InputError: There is no tokenizer at `path`, it cannot be read, or nothing says which token ends a response.
@@ -24,10 +25,10 @@ def load_tokenizer(path: str, threads: int = 1) -> Tokenizer:
     if file.name == _HF_FILE:
         from megatron_tspin.data.hf_tokenizer import HFTokenizer  # slow to import, and the driver needs none
 
-        return HFTokenizer(file.parent, threads)
+        return HFTokenizer(file.parent, threads, checkpoint or file.parent)
     from megatron_tspin.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(file, threads)
+    return SentencePieceTokenizer(file, threads, checkpoint or file.parent)
 
 
 def tokenizer_file(location: Path) -> Path:

@@ -27,7 +27,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     Raises:
         InputError: An id of the tokenizer is not below `model_vocab_size`; names both numbers.
     """
-    largest = max(tokenizer.vocab_size - 1, tokenizer.eos_id)
+    largest = max(tokenizer.vocab_size - 1, *tokenizer.endings.stops)
     if largest >= model_vocab_size:
         raise InputError(
             f"the tokenizer's largest id is {largest}, but the model's vocab_size is {model_vocab_size}; "

@@ -5,7 +5,7 @@ and position ids count from each row's own first token. Rows that ended leave th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,13 +37,13 @@ class Engine:
     Args:
         model: This rank's part of the policy.
         topology: The layout. Sequence parallelism must be off: one token cannot be split over TP.
-        eos_id: The token that ends a response.
+        stop_ids: A response ends with the first of these.
     """
 
-    def __init__(self, model: PolicyModel, topology: Topology, eos_id: int) -> None:
+    def __init__(self, model: PolicyModel, topology: Topology, stop_ids: Collection[int]) -> None:
         self._model = model
         self._topology = topology
-        self._eos_id = eos_id
+        self._stop_ids = stop_ids
 
     def answer(
         self, prompts: Sequence[Sequence[int]], uniforms: Sequence[NDArray[np.float64]], decoding: Decoding
@@ -74,7 +74,7 @@ class Engine:
         tokens = batch.prompt_tokens
         for position in range(decoding.max_new_tokens):
             chosen, log_probs = self._next_tokens(batch, tokens, position, decoding)
-            batch.record(chosen, log_probs, self._eos_id)
+            batch.record(chosen, log_probs, self._stop_ids)
             if not batch.live.any():
                 break
             tokens = batch.compact(torch.tensor(chosen, device=device()))[:, None]
@@ -160,14 +160,14 @@ class _Batch:
         # A padding token sees itself: a row of the softmax without any key would be NaN.
         return (seen | (keys == queries))[:, None]
 
-    def record(self, chosen: list[int], log_probs: list[float], eos_id: int) -> None:
+    def record(self, chosen: list[int], log_probs: list[float], stop_ids: Collection[int]) -> None:
         """Adds the tokens of the rows that have not ended."""
         for row, (token, log_prob) in enumerate(zip(chosen, log_probs, strict=True)):
             if self.live[row]:
                 answer = self.answers[self._rows[row]]
                 answer.ids.append(token)
                 answer.log_probs.append(log_prob)
-                answer.ended = token == eos_id
+                answer.ended = token in stop_ids
                 self.live[row] = not answer.ended
 
     def compact(self, tokens: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def of_file(config: Config, path: Path, player: Player) -> HeldOut:
     Raises:
         InputError: Lines cannot be used, or do not fit; see `data.encoding.Encoder`.
     """
-    encoder = Encoder(config, player.template, player.eos_id)
+    encoder = Encoder(config, player.template, player.tokenizer.endings.stops)
     encoded = encoder.encode(path, HELD_OUT, read_annotated(path))
     return HeldOut(encoded.examples, encoded.prompts, encoded.responses)
 

@@ -37,11 +37,6 @@ class Player:
     facts: dict[str, Any]
 
     @property
-    def eos_id(self) -> int:
-        """The token that ends a response."""
-        return self.tokenizer.eos_id
-
-    @property
     def vocab_size(self) -> int:
         """Real tokens of the policy's vocabulary."""
         size: int = self.model.architecture.vocab_size
@@ -69,7 +64,7 @@ class Player:
             shard_size=settings.shard_size,
             facts=self.facts,
         )
-        engine = Engine(self.model, self.topology, self.eos_id)
+        engine = Engine(self.model, self.topology, self.tokenizer.endings.stops)
         return generate_shards(request, engine, self.topology, self.tokenizer, folder)
 
     def check_lengths(self, prompts: Sequence[Prompt], source: Path) -> None:

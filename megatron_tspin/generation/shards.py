@@ -172,6 +172,7 @@ def _response(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Response:
         response_ids=answer.ids,
         token_log_probs=answer.log_probs,
         ended=answer.ended,
+        ended_by=answer.ids[-1] if answer.ended else None,
         text=tokenizer.decode(answer.ids),
     )
 

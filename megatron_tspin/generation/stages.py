@@ -1,5 +1,6 @@
 """The stages that run the policy in the generation layout: roll out a policy, answer a file, evaluate."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.role_documents import binding_facts
+from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_file, of_run
@@ -78,23 +80,34 @@ def _answer_training_prompts(
         stem = document_stem(documents, TRAIN, role)
         write_documents(stem, [response.response_ids for response in responses], player.vocab_size, facts)
         annotated = open_documents(document_stem(folder.data, TRAIN, "annotated"))
-        write_json(shard_summary(shards), summarise(responses, player.eos_id, annotated).model_dump())
+        write_json(shard_summary(shards), summarise(responses, player.tokenizer, annotated).model_dump())
 
     on_first_rank(write, player.topology)
 
 
-def summarise(responses: Sequence[Response], eos_id: int, annotated: Documents) -> RolloutSummary:
+def summarise(responses: Sequence[Response], tokenizer: Tokenizer, annotated: Documents) -> RolloutSummary:
     """What a role's responses look like as a whole."""
     count = len(responses)
     identical = sum(response.response_ids == annotated[index] for index, response in enumerate(responses))
+    endings = Counter(response.ended_by for response in responses if response.ended_by is not None)
     return RolloutSummary(
         num_responses=count,
         ended_share=fmean(response.ended for response in responses),
-        empty_share=fmean(response.response_ids == [eos_id] for response in responses),
+        empty_share=fmean(response.ended and len(response.response_ids) == 1 for response in responses),
         identical_share=identical / count,
         mean_tokens=fmean(len(response.response_ids) for response in responses),
         mean_log_prob=fmean(sum(response.token_log_probs) for response in responses),
+        endings={tokenizer.token_text(token): number for token, number in endings.most_common()},
+        passed_over=_passed_over(responses, tokenizer),
     )
+
+
+def _passed_over(responses: Sequence[Response], tokenizer: Tokenizer) -> str | None:
+    """The special token that most responses without an end hold: the policy may well mean that as the end."""
+    special = tokenizer.special_ids - tokenizer.endings.stops
+    endless = [special.intersection(response.response_ids) for response in responses if not response.ended]
+    found = Counter(token for tokens in endless for token in tokens).most_common(1)
+    return tokenizer.token_text(found[0][0]) if found and 2 * found[0][1] > len(endless) else None
 
 
 def _evaluate(config: Config, player: Player, policy: int, held_out: HeldOut, output: Path) -> None:

@@ -107,7 +107,7 @@ def load_run(run_dir: Path) -> RunData:
     folder = RunFolder(run_dir)
     if not folder.config.is_file():
         raise InputError(f"{run_dir}: not a run directory, it has no run.yaml; name the --run-dir of a `tspin run`")
-    config = load_config(folder.config, {})
+    config = load_config(folder.config, {"run_dir": str(run_dir)})
     problems: list[str] = []
     iterations = [
         Iteration(

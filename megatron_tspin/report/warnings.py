@@ -139,6 +139,18 @@ def never_ending(run: RunData) -> Warning_ | None:
     ]
     if not low:
         return None
+    passed_over = sorted({summary.passed_over for _, summary in shares if summary and summary.passed_over})
+    if passed_over:
+        return Warning_(
+            "never_ending",
+            "Most answers never end",
+            f"{_joined(low)} within {run.config.generation.max_new_tokens} new tokens; most of the others hold "
+            f"{', '.join(map(repr, passed_over))} and go on after it.",
+            "The policy ends its answers with a token that this run does not take for an end: neither the tokenizer's "
+            "EOS, nor `eos_token_id` in the checkpoint's configs, nor the chat template names it.",
+            f"Start again with `data.closing_token: {passed_over[0]!r}`, or name it in the checkpoint's "
+            "generation_config.json.",
+        )
     return Warning_(
         "never_ending",
         "Most answers never end",

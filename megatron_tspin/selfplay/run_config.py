@@ -63,7 +63,8 @@ def check_same_config(config: Config) -> None:
 def _config_so_far(config: Config) -> Config | None:
     """What run.yaml holds; None while it binds nothing."""
     path = RunFolder(Path(config.run_dir)).config
-    return load_config(path, {}) if path.exists() and _has_done_a_stage(path.parent) else None
+    is_begun = path.exists() and _has_done_a_stage(path.parent)
+    return load_config(path, {"run_dir": config.run_dir}) if is_begun else None
 
 
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, Affects]]:

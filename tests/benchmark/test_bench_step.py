@@ -17,8 +17,20 @@ from megatron_tspin.errors import EXIT_INPUT, EXIT_OK, EXIT_PARITY, EXIT_STAGE
 
 
 def flags(checkpoint: Path, output: Path, *more: str) -> list[str]:
-    fixed = ["--max-length", "48", "--triplets", "3", "--micro-batch-size", "2", "--row-capacity", "160"]
-    fixed += ["--rounds", "2", "--threads", "1", "--output", str(output)]
+    fixed = [
+        "--max-length",
+        "48",
+        "--triplets",
+        "3",
+        "--micro-batch-size",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+    ]
+    for name, value in {"--row-capacity": "160", "--rounds": "2"}.items():
+        fixed += [] if name in more else [name, value]
     return ["--model", str(checkpoint), *fixed, *more]
 
 

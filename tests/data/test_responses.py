@@ -64,7 +64,7 @@ def test_prompt_and_response_decode_to_their_joined_text(
     wrapped, item = PromptTemplate(template, tokenizer), pair(prompt, response)
     (prompt_ids,), (response_ids,) = wrapped.encode([item])
     assert [prompt_ids] == wrapped.prompt_ids([item])
-    assert response_ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in response_ids[:-1]
+    assert response_ids[-1] == tokenizer.endings.closing and tokenizer.endings.closing not in response_ids[:-1]
     before = " " if kind == "byte level, prefix" else ""  # whose decoder leaves the space at the start
     assert tokenizer.decode(prompt_ids + response_ids) == before + wrapped.text(item) + response
 
@@ -133,6 +133,6 @@ def test_tokenize_score_and_parity_agree(folder_of: Folders, tmp_path: Path, kin
     prompts, responses = (open_documents(tmp_path / "run/data" / f"train_{key}") for key in ("prompt", "annotated"))
     trained = list(zip(prompts, responses, strict=True))
     assert read_scoring_input(config, data, 1024)[1] == trained
-    eos = load_tokenizer(str(folder_of(kind))).eos_id
+    eos = load_tokenizer(str(folder_of(kind))).endings.closing
     compared = [(each.prompt_ids, [*each.response_ids, eos]) for each in read_sentences(folder_of(kind), data)]
     assert compared == trained

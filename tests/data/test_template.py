@@ -68,7 +68,7 @@ def test_chat_uses_the_tokenizers_template_without_more_special_tokens(tokenizer
 def test_a_plain_template_over_a_sentencepiece_model(sentencepiece_model: Path) -> None:
     tokenizer = load_tokenizer(str(sentencepiece_model))
     (ids,) = PromptTemplate(PAPER_TEMPLATE, tokenizer).prompt_ids([example(PROMPT)])
-    assert ids[0] == 1 and ids[-1] != tokenizer.eos_id
+    assert ids[0] == 1 and ids[-1] != tokenizer.endings.closing
     assert tokenizer.decode(ids) == f"### Instruction: {PROMPT}\n\n### Response: "
 
 

@@ -49,7 +49,9 @@ def test_examples_and_documents_are_in_the_same_order(config_of: ConfigOf) -> No
         assert [example.record for example in examples] == lines
         assert [tokenizer.decode(ids) for ids in prompts] == [f"Q {item['prompt']} A " for item in lines]
         assert [tokenizer.decode(ids) for ids in responses] == [item["response"] for item in lines]
-        assert all(ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[:-1] for ids in responses)
+        assert all(
+            ids[-1] == tokenizer.endings.closing and tokenizer.endings.closing not in ids[:-1] for ids in responses
+        )
     assert ids_of_examples(config, "train") == ["1", "b", "3"]
 
 
@@ -180,7 +182,7 @@ def test_truncate_fills_the_sequence_and_leaves_eos_out(config_of: ConfigOf, cap
         tokenize_run(config)
     prompt, response = documents(config, "train", "prompt")[1], documents(config, "train", "annotated")[1]
     assert len(prompt) + len(response) == 32
-    assert load_run_tokenizer(config).eos_id not in response
+    assert load_run_tokenizer(config).endings.closing not in response
     assert "train: truncated the responses of 1 of 3 examples over 32 tokens: long" in caplog.text
 
 
@@ -191,7 +193,7 @@ def test_a_response_that_exactly_fits_is_kept_whole(config_of: ConfigOf) -> None
     fitting = len(prompt) + len(ids) + 1
     config = config_of(OVER_LONG, seq_length=fitting, template="{prompt}")
     tokenize_run(config)
-    assert documents(config, "train", "annotated")[1] == [*ids, tokenizer.eos_id]
+    assert documents(config, "train", "annotated")[1] == [*ids, tokenizer.endings.closing]
     with pytest.raises(InputError, match=f"raise --seq-length to {fitting} "):
         tokenize_run(config_of(OVER_LONG, seq_length=fitting - 1, template="{prompt}"))
 
@@ -200,9 +202,9 @@ def test_eos_is_not_doubled_and_an_early_one_is_reported(config_of: ConfigOf, ca
     config = config_of([line("a", "yes</s>"), line("b", "ye</s>s")])
     with caplog.at_level(logging.WARNING):
         tokenize_run(config)
-    eos = load_run_tokenizer(config).eos_id
+    eos = load_run_tokenizer(config).endings.closing
     assert [ids.count(eos) for ids in documents(config, "train", "annotated")] == [1, 2]
-    assert "1 of 2 annotated responses hold the EOS token before their end: 2" in caplog.text
+    assert "1 of 2 annotated responses hold a token that ends responses before their end: 2" in caplog.text
 
 
 def test_prompts_in_both_splits_are_counted(config_of: ConfigOf, caplog: pytest.LogCaptureFixture) -> None:

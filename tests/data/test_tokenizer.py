@@ -51,14 +51,14 @@ def test_hf_threads_change_nothing(hf: Tokenizer, hf_folder: Path) -> None:
 @given(any_text)
 def test_hf_text_survives_the_round_trip(hf: Tokenizer, text: str) -> None:
     (ids,) = hf.encode_batch([text], add_special_tokens=False)
-    assert hf.decode(ids) == hf.decode([0, *ids, hf.eos_id, 2, 500])
+    assert hf.decode(ids) == hf.decode([0, *ids, hf.endings.closing, 2, 500])
     if not any(token < 6 for token in ids):
         assert hf.decode(ids) == text
 
 
 def test_hf_special_ids_and_size(hf: Tokenizer, hf_folder: Path) -> None:
     vocabulary = json.loads((hf_folder / "tokenizer.json").read_text())["model"]["vocab"]
-    assert hf.eos_id == vocabulary["</s>"]
+    assert hf.endings.closing == vocabulary["</s>"]
     assert hf.vocab_size == max(vocabulary.values()) + 1
 
 
@@ -81,29 +81,6 @@ def test_the_fingerprint_depends_on_content_alone(
     for name, change in {"eos": {"eos": "<|user|>"}, "chat": {"chat": None}, "post": {"post": None}}.items():
         other = load_tokenizer(str(hf_folder_factory(tmp_path / name, **change)))
         assert other.fingerprint != hf.fingerprint, name
-
-
-@pytest.mark.parametrize(
-    ("own", "config", "generation", "expected"),
-    [
-        ("</s>", {"eos_token_id": 4}, [5, 4], 1),
-        (None, {"eos_token_id": 4}, None, 4),
-        (None, {"eos_token_id": 4}, [5, 4], 5),
-        (None, {"eos_token_id": [3, 4]}, None, 3),
-    ],
-)
-def test_eos_is_the_tokenizers_else_the_checkpoints(
-    hf_folder_factory: Callable[..., Path],
-    tmp_path: Path,
-    own: str | None,
-    config: dict[str, Any],
-    generation: list[int] | None,
-    expected: int,
-) -> None:
-    folder = hf_folder_factory(tmp_path / "hf", eos=own, checkpoint=config)
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    assert load_tokenizer(str(folder)).eos_id == expected
 
 
 def test_a_tokenizer_without_eos_is_refused(hf_folder_factory: Callable[..., Path], tmp_path: Path) -> None:
@@ -163,13 +140,13 @@ def test_a_chat_template_that_fails_is_named(hf_folder_factory: Callable[..., Pa
 def test_sentencepiece_ids_are_the_librarys(sp: Tokenizer, sentencepiece_model: Path, special: bool) -> None:
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     assert sp.encode_batch(TEXTS, special) == [oracle.encode(text, add_bos=special) for text in TEXTS]
-    assert (sp.eos_id, sp.vocab_size) == (oracle.eos_id(), len(oracle))
+    assert (sp.endings.closing, sp.vocab_size) == (oracle.eos_id(), len(oracle))
 
 
 def test_sentencepiece_decodes_and_ignores_special_and_unknown_ids(sp: Tokenizer) -> None:
     (ids,) = sp.encode_batch(["What is 3 + 4? 你"], add_special_tokens=False)
     assert sp.decode(ids) == "What is 3 + 4? 你"
-    assert sp.decode([1, *ids, sp.eos_id, sp.vocab_size + 3]) == "What is 3 + 4? 你"
+    assert sp.decode([1, *ids, sp.endings.closing, sp.vocab_size + 3]) == "What is 3 + 4? 你"
     with pytest.raises(InputError, match="no chat template"):
         sp.render_chat([{"role": "user", "content": "x"}])
 

@@ -8,7 +8,8 @@ from megatron_tspin.config import ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
 from tests.rank_pool import in_layout
 
-EOS = 1
+STOPS = (1, 17, 60)
+"""Ids at which answers end."""
 NEW_TOKENS = 24
 
 
@@ -42,7 +43,7 @@ def answer(folder: Path, layout: ParallelSection, batch_size: int, settings: dic
     uniforms = [keyed_uniforms(1, "test", str(index), NEW_TOKENS) for index in range(len(prompts))]
     with in_layout(layout) as topology:
         model = load(folder, layout, topology)
-        engine = Engine(model, topology, EOS)
+        engine = Engine(model, topology, STOPS)
         answers = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
@@ -60,6 +61,6 @@ def greedy_by_transformers(folder: Path) -> list[list[int]]:
     found = []
     for prompt in prompts_of(13):
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=EOS, pad_token_id=0)
+        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=list(STOPS), pad_token_id=0)
         found.append(out[0, len(prompt) :].tolist())
     return found

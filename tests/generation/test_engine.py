@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import EOS, NEW_TOKENS, answer, greedy_by_transformers, load
+from tests.generation.answers import NEW_TOKENS, STOPS, answer, greedy_by_transformers, load
 from tests.rank_pool import in_layout
 from tests.rounding import all_within
 
@@ -47,8 +47,8 @@ def test_samples_depend_on_neither_layout_nor_batch(settings: Any, ranks: Any, t
 def test_log_probs_as_sampled_are_those_that_training_computes(ranks: Any, tiny_checkpoint: Any) -> None:
     for ids, ended, log_probs, scored in ranks(1).run(answer, tiny_checkpoint("tied"), LAYOUTS["tp1"], 4, {})[0]:
         assert len(log_probs) == len(ids) <= NEW_TOKENS
-        assert ended == (ids[-1] == EOS)
-        assert EOS not in ids[:-1]
+        assert ended == (ids[-1] in STOPS)
+        assert not any(token in STOPS for token in ids[:-1])
         all_within("log-prob", [sum(log_probs)], [scored])
 
 
@@ -71,7 +71,7 @@ def answer_at_near_ties(folder: Path, layout: ParallelSection, temperature: floa
     prompts = [[5], [7, 8, 9], [40] * 6]
     uniforms = [keyed_uniforms(3, "tie", str(index), NEW_TOKENS) for index in range(len(prompts))]
     with in_layout(layout) as topology:
-        engine = Engine(load(folder, layout, topology), topology, EOS)
+        engine = Engine(load(folder, layout, topology), topology, STOPS)
         forward = engine._forward
         with patch.object(engine, "_forward", near_tie):
             answers = engine.answer(prompts, uniforms, Decoding(temperature, 1.0, 0, NEW_TOKENS))

@@ -1,6 +1,7 @@
 """Scores of held-out answers, and what a role's responses look like as a whole."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.endings import Endings
 from megatron_tspin.generation.evaluation import decoding_result
 from megatron_tspin.generation.stages import summarise
 from megatron_tspin.records import Response
@@ -19,7 +21,19 @@ def examples(count: int) -> list[Example]:
 
 def response(i: int, text: str, ended: bool = True, ids: list[int] | None = None) -> Response:
     ids = [5, 1] if ids is None else ids
-    return Response(id=str(i), response_ids=ids, token_log_probs=[-0.5] * len(ids), ended=ended, text=text)
+    return Response(
+        id=str(i),
+        response_ids=ids,
+        token_log_probs=[-0.5] * len(ids),
+        ended=ended,
+        ended_by=ids[-1] if ended else None,
+        text=text,
+    )
+
+
+TOKENIZER: Any = SimpleNamespace(
+    special_ids=frozenset([0, 1, 3]), endings=Endings(1, frozenset([1])), token_text=lambda token: f"<{token}>"
+)
 
 
 def scorer(record: Any, text: str) -> float:
@@ -72,7 +86,7 @@ def test_summary() -> None:
         response(2, "", ids=[7, 1, 2], ended=False),
         response(3, "", ids=[8, 1]),
     ]
-    found = summarise(answers, 1, annotated)
+    found = summarise(answers, TOKENIZER, annotated)
     assert found.model_dump() == {
         "num_responses": 4,
         "ended_share": 0.75,
@@ -80,4 +94,15 @@ def test_summary() -> None:
         "identical_share": 0.5,
         "mean_tokens": 2.0,
         "mean_log_prob": -1.0,
+        "endings": {"<1>": 3},
+        "passed_over": None,
     }
+
+
+def test_a_special_token_that_endless_answers_go_on_after_is_named() -> None:
+    annotated: Any = [[5, 1]] * 4
+    endless = [response(number, "", ids=[5, 3, 6], ended=False) for number in range(2)]
+    found = summarise([*endless, response(2, "", ids=[2, 3, 1])], TOKENIZER, annotated)
+    assert (found.passed_over, found.endings) == ("<3>", {"<1>": 1})
+    others = [response(number, "", ids=[5, number, 6], ended=False) for number in (7, 8)]
+    assert summarise([endless[0], *others], TOKENIZER, annotated).passed_over is None

@@ -75,6 +75,7 @@ def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ra
             "response_ids": [*prompt.ids, 1],
             "token_log_probs": [-float(keyed_uniforms(1, "synthetic/0", prompt.id, 1)[0])] * (len(prompt.ids) + 1),
             "ended": True,
+            "ended_by": 1,
             "text": " ".join(map(str, [*prompt.ids, 1])),
         }
         for prompt in request().prompts

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.data.annotated import Example, write_examples
+from megatron_tspin.data.endings import Endings
 from megatron_tspin.data.indexed import write_documents
 from megatron_tspin.generation.sampling import Decoding
 from megatron_tspin.generation.shards import Request, shard_path
@@ -77,7 +78,12 @@ def answered(topology: Any) -> Any:
 
     facts = {"checkpoint_sha256": "of the policy"}
     return SimpleNamespace(
-        topology=topology, model=None, answer=answer, decoding=lambda greedy=False: decoding, facts=facts, eos_id=1
+        topology=topology,
+        model=None,
+        answer=answer,
+        decoding=lambda greedy=False: decoding,
+        facts=facts,
+        tokenizer=SimpleNamespace(endings=Endings(1, frozenset([1]))),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import EOS, NEW_TOKENS, load
+from tests.generation.answers import NEW_TOKENS, STOPS, load
 from tests.rank_pool import in_layout
 
 PROMPTS = [[5], [3 + i % 90 for i in range(90)], [7, 8], [40] * 33]
@@ -20,7 +20,7 @@ def together_and_alone(folder: Path, layout: ParallelSection, temperature: float
     decoding = Decoding(temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS)
     uniforms = [keyed_uniforms(2, "uneven", str(index), NEW_TOKENS) for index in range(len(PROMPTS))]
     with in_layout(layout) as topology:
-        engine = Engine(load(folder, layout, topology), topology, EOS)
+        engine = Engine(load(folder, layout, topology), topology, STOPS)
         together = engine.answer(PROMPTS, uniforms, decoding)
         alone = [engine.answer([p], [u], decoding)[0] for p, u in zip(PROMPTS, uniforms, strict=True)]
         return [answer.ids for answer in together], [answer.ids for answer in alone]
@@ -44,7 +44,7 @@ def answer_one(folder: Path) -> list[int]:
 
     uniforms = [keyed_uniforms(2, "one", str(index), 1) for index in range(len(PROMPTS))]
     with in_layout(ParallelSection()) as topology:
-        engine = Engine(load(folder, ParallelSection(), topology), topology, EOS)
+        engine = Engine(load(folder, ParallelSection(), topology), topology, STOPS)
         return [len(answer.ids) for answer in engine.answer(PROMPTS, uniforms, Decoding(1.0, 1.0, 0, 1))]
 
 
@@ -62,7 +62,7 @@ def answer_with_broken_weights(folder: Path, layout: ParallelSection) -> str:
             with torch.no_grad():
                 list(model.parameters())[-1].fill_(float("nan"))
         try:
-            Engine(model, topology, EOS).answer(PROMPTS, uniforms, Decoding(1.0, 1.0, 0, 2))
+            Engine(model, topology, STOPS).answer(PROMPTS, uniforms, Decoding(1.0, 1.0, 0, 2))
         except DivergenceError as error:
             return str(error)
         return ""

@@ -38,6 +38,8 @@ class RunRecipe:
     scorer: bool = True
     accuracy: list[float] = field(default_factory=lambda: [0.05, 0.24, 0.33, 0.36, 0.38])
     ended: list[float] = field(default_factory=lambda: [0.82, 0.86, 0.9, 0.92, 0.93])
+    passed_over: str | None = None
+    """What most answers without an end go on after."""
     lengths: list[float] = field(default_factory=lambda: [40.0, 38.0, 36.0, 35.0, 34.0])
     annotated: list[float] = field(default_factory=lambda: [-60.0, -48.0, -41.0, -37.0, -35.0])
     """Log-prob of y under the policy after 0, 1, ... iterations."""
@@ -152,6 +154,7 @@ class RunBuilder:
             identical_share=self.recipe.identical,
             mean_tokens=self.recipe.lengths[number],
             mean_log_prob=self.recipe.synthetic[number],
+            passed_over=self.recipe.passed_over,
         ).model_dump_json()
 
     def _rollout(self, number: int, stages: list[str]) -> None:

@@ -99,6 +99,13 @@ def test_answers_that_never_end(build_run: BuildRun) -> None:
     assert "y0: 31" in found.measured and "256 new tokens" in found.measured
 
 
+def test_answers_that_go_on_after_their_end(build_run: BuildRun) -> None:
+    endless = [0.1, 0.6, 0.6, 0.6, 0.6]
+    found = warnings_of(build_run, ended=endless, passed_over="<|im_end|>")["never_ending"]
+    assert "most of the others hold '<|im_end|>' and go on after it" in found.measured
+    assert "`data.closing_token: '<|im_end|>'`" in found.remedy
+
+
 def test_identical_answers(build_run: BuildRun) -> None:
     assert f"72{NBSP}% of the y'" in warnings_of(build_run, identical=0.72)["identical"].measured
     assert "identical" not in warnings_of(build_run, name="few", identical=0.5)

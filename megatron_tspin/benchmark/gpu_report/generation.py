@@ -17,7 +17,6 @@ from megatron_tspin.platform import device
 _PROMPTS, _NEW_TOKENS = 64, 128
 _REDUCED_PROMPTS, _REDUCED_NEW_TOKENS = 2, 4
 _PROMPT_TOKENS = (20, 60)
-_NEVER = -1  # no token ends an answer, so that every side makes as many
 _SECONDS = 4.0
 _REPEATS = 3
 
@@ -51,7 +50,7 @@ def _ours(reduced: bool) -> Figures:
     from megatron_tspin.generation.sampling import Decoding
 
     shape, prompts, new_tokens = _task(reduced)
-    engine = Engine(random_policy(shape, PrecisionSection(bf16=True)).eval(), topology(), _NEVER)
+    engine = Engine(random_policy(shape, PrecisionSection(bf16=True)).eval(), topology(), stop_ids=())
     decoding = Decoding(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens)
     uniforms = [np.zeros(new_tokens) for _ in prompts]
 
