@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -115,6 +115,7 @@ def export_hf(
     target: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    complete: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes the policy as an HF checkpoint, all ranks together.
 
@@ -128,6 +129,7 @@ def export_hf(
         target: The folder to write; an existing one is replaced.
         dtype: Write all tensors in this dtype instead, and say so in config.json.
         shard_bytes: See above.
+        complete: Called on rank 0 with the folder before it takes its name; if it raises, there is no export.
 
     Raises:
         InputError: `source_hf` is of another architecture than the model.
@@ -151,6 +153,7 @@ def export_hf(
                 for name, tensor in _gather(weight, local, model.architecture, topology).items():
                     writer.add(name, tensor)
             writer.finish(source_hf, dtype)
+            complete(folder)
             if target.is_dir():
                 shutil.rmtree(target)
     dist.barrier()

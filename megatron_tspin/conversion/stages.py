@@ -1,5 +1,6 @@
 """HF checkpoints into the run and out of it. Checkpoints made here are fp32, which loses nothing of the source."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
@@ -9,14 +10,19 @@ from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
+from megatron_tspin.conversion.loading import check_loads
 from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
+from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.data.indexed import open_documents
+from megatron_tspin.data.tokenization import load_run_tokenizer
+from megatron_tspin.data.tokenizer_export import COMPARED, check_tokenizer, write_endings, write_tokenizer
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_policy
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
 from megatron_tspin.storage import sha256_file, sha256_text
 
 _log = get_logger(__name__)
@@ -64,7 +70,14 @@ def export_run(config: Config) -> None:
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed) as topology:
         found = policy_checkpoint(folder, config.self_play.iterations, topology)
-        _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology)
+
+        def complete(target: Path) -> None:
+            write_tokenizer(config, target)
+            write_endings(load_run_tokenizer(config).endings, target)
+            _check_tokenizer(config, target, folder.data)
+            check_loads(target)
+
+        _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology, complete)
 
 
 def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: ParallelSection) -> None:
@@ -78,7 +91,7 @@ def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: Par
     """
     with distributed(parallel) as topology:
         on_first_rank(lambda: _refuse_existing(save), topology)
-        _export(load, hf_checkpoint, save, parallel, topology)
+        _export(load, hf_checkpoint, save, parallel, topology, check_loads)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -107,9 +120,26 @@ def _convert(
         _log.info("converted %s to %s", source, target)
 
 
-def _export(load: Path, source: Path, target: Path, parallel: ParallelSection, topology: Topology) -> None:
+def _check_tokenizer(config: Config, target: Path, data: Path) -> None:
+    """On the run's own first examples; where it has none, it has trained on nothing either."""
+    if not examples_path(data, TRAIN).is_file():
+        return
+    examples = read_examples(examples_path(data, TRAIN))[:COMPARED]
+    documents = [open_documents(document_stem(data, TRAIN, key)) for key in ("prompt", "annotated")]
+    prompts, responses = ([document[index] for index in range(len(examples))] for document in documents)
+    check_tokenizer(config, target, examples, prompts, responses)
+
+
+def _export(
+    load: Path,
+    source: Path,
+    target: Path,
+    parallel: ParallelSection,
+    topology: Topology,
+    complete: Callable[[Path], None],
+) -> None:
     model = load_policy(read_architecture(source), parallel, TrainingSection(), PrecisionSection(), topology, load)
-    export_hf(model, topology, source, target)
+    export_hf(model, topology, source, target, complete=complete)
     if topology.speaks:
         _log.info("exported %s to %s", load, target)
 

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer
 # comes twice, and the last value wins, so appending this is all it takes (sentencepiece_model.proto).
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
+# By transformers 5 for SentencePiece models: Metaspace puts no space in front of one, so one is doubled first.
+_DOUBLING = {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": "▁▁"}
+
 
 def without_dummy_prefix(model: bytes) -> bytes:
     """A serialized SentencePiece model that puts nothing in front of a text."""
@@ -35,7 +38,7 @@ def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    if normalizer is None or normalizer["type"] == "Prepend":
+    if normalizer is None or normalizer["type"] == "Prepend" or normalizer == _DOUBLING:
         return None
     if normalizer["type"] != "Sequence":
         return normalizer

@@ -52,6 +52,17 @@ def metaspace(scheme: str) -> Tokenizer:
     return tokenizer
 
 
+def converted() -> Tokenizer:
+    """As transformers 5 converts a SentencePiece model: a space at the beginning is doubled for Metaspace's sake."""
+    tokenizer = _metaspace_bpe()
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(r"\A▁"), "▁▁")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always", split=False)])
+    tokenizer.decoder = METASPACE
+    return tokenizer
+
+
 def _unigram_model() -> models.Unigram:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -134,6 +145,7 @@ LOSSLESS: dict[str, Callable[[], Tokenizer | bytes]] = {
     "metaspace always": lambda: metaspace("always"),
     "metaspace first": lambda: metaspace("first"),
     "metaspace never": lambda: metaspace("never"),
+    "converted": converted,
     "unigram": unigram,
     "byte level": lambda: byte_level(prefix=False),
     "byte level, prefix": lambda: byte_level(prefix=True),
