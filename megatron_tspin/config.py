@@ -19,6 +19,7 @@ _ROW_UNIT = 8
 _MOST_ROLES = 3
 _LEAST_ROW = 2048
 
+TokenizerRules = Literal["tokenizer.json", "transformers"]
 Method = Literal["tspin", "spin", "tspin_ref", "sft"]
 
 
@@ -28,6 +29,11 @@ class ModelSection(Section):
     hf_checkpoint: str = result(..., "--hf-checkpoint", "Folder of the HF checkpoint (config.json, *.safetensors).")
     tokenizer: str | None = result(
         None, "--tokenizer-model", "Folder with tokenizer.json, or a SentencePiece model. Default: the checkpoint."
+    )
+    tokenizer_rules: TokenizerRules | None = result(
+        None,
+        None,
+        "Whom to believe where transformers reads a tokenizer.json in another way than it says [refuse that].",
     )
 
 

@@ -127,6 +127,14 @@ def add_iteration(
     )
 
 
+def positive_number(text: str) -> int:
+    """Argparse's type for a count of at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def _natural_number(text: str) -> int:
     number = int(text)
     if number < 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tspin.benchmark.machine import cores
-from megatron_tspin.cli.arguments import command_parser
+from megatron_tspin.cli.arguments import command_parser, positive_number
 from megatron_tspin.errors import EXIT_OK, StageError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _add_noise(benches: "Subparsers") -> None:
     noise = command_parser(benches, "noise", "log-probs in each number format", _NOISE_DESCRIPTION)
     noise.add_argument("--model", type=Path, metavar="HF_DIR", help="checkpoint [the quickstart's tiny one]")
     noise.add_argument("--data", type=Path, metavar="JSONL", help="prompts and responses [built-in sentences]")
-    noise.add_argument("--limit", type=_count, metavar="N", help="take the first N of them [all]")
+    noise.add_argument("--limit", type=positive_number, metavar="N", help="take the first N of them [all]")
     _add_threads(noise)
     _add_output(noise)
     noise.set_defaults(run=run_noise)
@@ -126,7 +126,7 @@ def add_step_arguments(parser: argparse.ArgumentParser, sides: Iterable[str] | N
     from megatron_tspin.benchmark.settings import SIDES
 
     def count(flag: str, what: str) -> None:
-        parser.add_argument(flag, type=_count, metavar="N", help=what)
+        parser.add_argument(flag, type=positive_number, metavar="N", help=what)
 
     parser.add_argument(
         "--model", type=Path, metavar="HF_DIR", help="checkpoint of the policy [the quickstart's tiny one]"
@@ -158,7 +158,9 @@ def add_step_arguments(parser: argparse.ArgumentParser, sides: Iterable[str] | N
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_count, default=cores(), metavar="N", help="threads of torch [all cores]")
+    parser.add_argument(
+        "--threads", type=positive_number, default=cores(), metavar="N", help="threads of torch [all cores]"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -249,10 +251,3 @@ def run_gpu(args: argparse.Namespace) -> int:
     if failed:
         raise StageError("these checks failed\n" + "\n".join(failed))
     return EXIT_OK
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number

@@ -85,6 +85,8 @@ class Encoder:
                 outcome.refuse(index, example, reason, len(prompt) + len(response))
             if self._over_long != "truncate":
                 return
+        for text in self._template.special_texts_in(example):
+            outcome.special.setdefault(text, []).append(example.id)
         if any(token in self._stop_ids for token in response[:-1]):
             outcome.inner_stops.append(example.id)
         outcome.encoded.add(example, prompt, response[:room])
@@ -95,6 +97,15 @@ class Encoder:
             count = f"{len(outcome.unfit)} of {total}"
             logger.warning(
                 "%s: %s %s examples over %d tokens: %s", split, done, count, self._seq_length, listed(outcome.unfit)
+            )
+        for text, ids in outcome.special.items():
+            logger.warning(
+                "%s: %d of %d examples hold the text of the special token %r, which becomes that token: %s",
+                split,
+                len(ids),
+                total,
+                text,
+                listed(ids),
             )
         if outcome.inner_stops:
             logger.warning(
@@ -114,6 +125,8 @@ class _Outcome:
         self.unfit: list[str] = []
         """Ids of examples whose annotated response is too long."""
         self.inner_stops: list[str] = []
+        self.special: dict[str, list[str]] = {}
+        """Ids of the examples whose own texts hold a special token, by its text."""
         self._source = source
         self._seq_length = seq_length
         self._refused: list[tuple[int, str]] = []

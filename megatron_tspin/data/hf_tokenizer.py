@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from megatron_tspin.config import TokenizerRules
 from megatron_tspin.data.continuation import without_prefix
 from megatron_tspin.data.endings import endings_text, resolve_endings
+from megatron_tspin.data.tokenizer_rules import SAMPLE, by_rules, check_rules
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_text
 
@@ -21,19 +23,25 @@ class HFTokenizer:
         folder: The HF folder.
         threads: Threads of a batch; the library's pool is made once in a process.
         checkpoint: Folder whose configs name the ids that end a response.
+        rules: Whom to believe where transformers and tokenizer.json differ; None refuses that.
     """
 
-    def __init__(self, folder: Path, threads: int, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, threads: int, checkpoint: Path, rules: TokenizerRules | None) -> None:
         self._folder = folder
         os.environ["RAYON_NUM_THREADS"] = str(threads)
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         self._tokenizer = _load(folder)
+        self._checked = rules is None
         self._backend = self._tokenizer.backend_tokenizer
+        if rules == "tokenizer.json":
+            self._backend = by_rules(folder / "tokenizer.json")
         self._backend.no_truncation()  # tokenizer.json may carry both, and either would change ids unseen
         self._backend.no_padding()
+        self.check(SAMPLE)
         self._continuing = without_prefix(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, facts in added.items() if facts.special)
+        self.special_texts = tuple(added[token].content for token in sorted(self.special_ids))
         self.endings = resolve_endings(self._tokenizer.eos_token_id, self.token_text, checkpoint)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self._rules = [json.loads(self._backend.to_str()), self._tokenizer.chat_template]
@@ -42,6 +50,16 @@ class HFTokenizer:
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides about ids."""
         return sha256_text(json.dumps([*self._rules, endings_text(self.endings)], sort_keys=True))
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Demands, unless it was said whom to believe, that texts have the ids that tokenizer.json gives them.
+
+        Raises:
+            InputError: A text has others.
+        """
+        if self._checked:
+            kind = type(self._tokenizer).__name__
+            check_rules(self._folder / "tokenizer.json", self._backend, kind, texts)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""

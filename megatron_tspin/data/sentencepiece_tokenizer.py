@@ -1,6 +1,6 @@
 """A SentencePiece model, loaded with the sentencepiece library."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -32,6 +32,7 @@ class SentencePieceTokenizer:
         self._bos = _known(self._processor.bos_id())
         self.vocab_size = int(self._processor.get_piece_size())
         self.special_ids = frozenset(filter(self._processor.is_control, range(self.vocab_size)))
+        self.special_texts: tuple[str, ...] = ()  # a text never becomes a control piece
         self.endings = resolve_endings(_known(self._processor.eos_id()), self.token_text, checkpoint)
         self._model_digest = sha256_file(model)
 
@@ -39,6 +40,9 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides about ids."""
         return sha256_text(f"{self._model_digest} {endings_text(self.endings)}")
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Nothing to compare: the library itself encodes."""
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text, after BOS if special tokens are asked for and the model has one."""

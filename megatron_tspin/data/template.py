@@ -8,8 +8,8 @@ from megatron_tspin.data.annotated import Example
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.storage import sha256_text
 
-RESPONSE_RULE = 2
-"""Number of the rule by which a response becomes ids; documents made by another one are made again."""
+RESPONSE_RULE = 3
+"""Number of the rule by which texts become ids; documents made by another one are made again."""
 PLAIN_TEMPLATE = "{prompt}"
 """The prompt with nothing around it."""
 
@@ -26,7 +26,7 @@ class PromptTemplate:
         self._template = template
         self._tokenizer = tokenizer
         self._is_chat = template == CHAT_TEMPLATE
-        self._added_end = [] if self._is_chat else _added_end(tokenizer)
+        self._added_start, self._added_end = ([], []) if self._is_chat else _added(tokenizer)
         self._dropped: dict[str, bool] = {}
         # The chat template is the tokenizer's and so part of its fingerprint.
         parts = [template, tokenizer.fingerprint] if self._is_chat else [template]
@@ -41,6 +41,12 @@ class PromptTemplate:
         # Not str.format: prompts and templates may hold any other braces.
         before, _, after = self._template.partition(PLAIN_TEMPLATE)
         return before + example.prompt + after
+
+    def special_texts_in(self, example: Example) -> list[str]:
+        """Texts of special tokens that an example's own prompt and response hold, and that become those tokens."""
+        contents = [message["content"] for message in example.messages or ()] or [example.prompt]
+        whole = "\n".join([*contents, example.response])
+        return [text for text in self._tokenizer.special_texts if text in whole]
 
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each prompt, up to and including the text that introduces the response.
@@ -77,8 +83,17 @@ class PromptTemplate:
 
     def _ids_of_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         prompts = self._tokenizer.encode_batch(texts, add_special_tokens=not self._is_chat)
-        size = len(self._added_end)
-        return [ids[:-size] if size and ids[-size:] == self._added_end else ids for ids in prompts]
+        return [self.open_once(ids) for ids in prompts]
+
+    def open_once(self, ids: list[int]) -> list[int]:
+        """Ids of a prompt as the tokenizer makes them, without what it puts after a text, and with one BOS, not two.
+
+        A second one is there where the template, or the prompt itself, begins with the text of BOS.
+        """
+        start, end = self._added_start, self._added_end
+        if start and ids[: 2 * len(start)] == [*start, *start]:
+            ids = ids[len(start) :]
+        return ids[: -len(end)] if end and ids[-len(end) :] == end else ids
 
     def _ids_of_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_continuations(responses)
@@ -99,8 +114,10 @@ class PromptTemplate:
         return self._dropped[space]
 
 
-def _added_end(tokenizer: Tokenizer) -> list[int]:
-    """Special tokens that the tokenizer puts after a text; not asked of an empty one: BOS and EOS may be the same."""
+def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text; not asked of an empty one, where they may mix."""
     (bare,), (whole,) = (tokenizer.encode_batch(["a"], add_special_tokens=special) for special in (False, True))
-    starts = range(len(whole) - len(bare) + 1)
-    return next((whole[at + len(bare) :] for at in starts if whole[at : at + len(bare)] == bare), [])
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []

@@ -29,7 +29,8 @@ def load_run_tokenizer(config: Config) -> Tokenizer:
         InputError: There is none, or it does not fit the model.
     """
     checkpoint, data = Path(config.model.hf_checkpoint), config.data
-    tokenizer = load_tokenizer(config.model.tokenizer or str(checkpoint), data.tokenizer_threads, checkpoint)
+    location, rules = config.model.tokenizer or str(checkpoint), config.model.tokenizer_rules
+    tokenizer = load_tokenizer(location, data.tokenizer_threads, checkpoint, rules)
     tokenizer.endings = endings_of_run(tokenizer, data.template == CHAT_TEMPLATE, data.closing_token)
     check_vocabulary(tokenizer, model_vocab_size(checkpoint))
     return tokenizer
@@ -51,6 +52,8 @@ def tokenize_run(config: Config) -> None:
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
     logger.info("responses: %s", _shown_endings(tokenizer))
+    for read in examples.values():
+        tokenizer.check(text for item in read[:COMPARED] for text in (template.text(item), item.response))
     encoder = Encoder(config, template, tokenizer.endings.stops)
     facts = {split: _facts(config, split, path, template, tokenizer) for split, path in sources.items()}
     folder = RunFolder(Path(config.run_dir)).data

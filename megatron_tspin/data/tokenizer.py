@@ -1,6 +1,6 @@
 """What the project asks of a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from megatron_tspin.data.endings import Endings
@@ -11,6 +11,8 @@ class Tokenizer(Protocol):
 
     endings: Endings
     """Which tokens end a response; a run may know better than the tokenizer's own files."""
+    special_texts: tuple[str, ...]
+    """Texts that become special tokens wherever they stand."""
     special_ids: frozenset[int]
     """Tokens that stand for no text of their own, such as BOS and those around a turn."""
     vocab_size: int
@@ -19,6 +21,14 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all that decides about ids: vocabulary, rules, special tokens, chat template, endings."""
+        ...
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Compares the ids of texts with those of the file that defines the tokenizer.
+
+        Raises:
+            InputError: They differ, and it was not said whom to believe.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:

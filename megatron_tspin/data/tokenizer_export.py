@@ -42,6 +42,8 @@ def write_tokenizer(config: Config, folder: Path) -> None:
     file = tokenizer_file(location)
     if location.is_dir():
         _copy(location, folder)
+        if config.model.tokenizer_rules == "tokenizer.json":
+            _let_rules_win(folder / "tokenizer_config.json")
     else:
         shutil.copyfile(location, folder / "tokenizer.model")
     if file.suffix == ".model" and not _adds_the_same(file, folder):
@@ -55,6 +57,12 @@ def _copy(location: Path, folder: Path) -> None:
     for name in _FOLDERS:
         if (location / name).is_dir():
             shutil.copytree(location / name, folder / name)
+
+
+def _let_rules_win(settings: Path) -> None:
+    """Names the class of transformers that takes tokenizer.json as it is."""
+    if settings.is_file():
+        write_json(settings, {**read_json(settings), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _adds_the_same(model: Path, folder: Path) -> bool:
@@ -140,13 +148,13 @@ def _check(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
 ) -> None:
-    template = PromptTemplate(config.data.template, load_tokenizer(str(folder)))
+    template = PromptTemplate(config.data.template, load_tokenizer(str(folder), rules=config.model.tokenizer_rules))
     again, unclosed = template.encode(examples, closed=False)
     theirs = _ids_by_transformers(folder, config.data.template, [template.text(item) for item in examples], examples)
     for item, ids, found in zip(examples, prompts, again, strict=True):
         _compare(item.id, "prompt", ids, found)
     for item, ids, found in zip(examples, prompts, theirs, strict=True):
-        _compare(item.id, "prompt", ids, found[: len(ids)])  # beyond that only what closes a whole text
+        _compare(item.id, "prompt", ids, template.open_once(found))
     for item, ids, found in zip(examples, responses, unclosed, strict=True):
         _compare(item.id, "response", ids[: len(found)], found[: len(ids)])
 

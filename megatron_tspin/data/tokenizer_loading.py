@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+from megatron_tspin.config import TokenizerRules
+from megatron_tspin.data.problems import listed
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.errors import InputError
+from megatron_tspin.storage import read_json
 
 _HF_FILE = "tokenizer.json"
 
 
-def load_tokenizer(path: str, threads: int = 1, checkpoint: Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str, threads: int = 1, checkpoint: Path | None = None, rules: TokenizerRules | None = None
+) -> Tokenizer:
     """Loads an HF folder with `tokenizer.json`, or a SentencePiece model.
 
     Nothing is downloaded and no code of the folder is run.
@@ -17,15 +22,17 @@ def load_tokenizer(path: str, threads: int = 1, checkpoint: Path | None = None) 
         path: Folder with `tokenizer.json` or `tokenizer.model`, or a SentencePiece `.model` file.
         threads: Threads that encode a batch. For HF tokenizers the first one of a process decides.
         checkpoint: Folder of the model, whose configs name ids that end a response [the tokenizer's own].
+        rules: Whom to believe where transformers and tokenizer.json differ; None refuses that.
 
     Raises:
         InputError: There is no tokenizer at `path`, it cannot be read, or nothing says which token ends a response.
     """
     file = tokenizer_file(Path(path))
+    refuse_added_tokens(file)
     if file.name == _HF_FILE:
         from megatron_tspin.data.hf_tokenizer import HFTokenizer  # slow to import, and the driver needs none
 
-        return HFTokenizer(file.parent, threads, checkpoint or file.parent)
+        return HFTokenizer(file.parent, threads, checkpoint or file.parent, rules)
     from megatron_tspin.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return SentencePieceTokenizer(file, threads, checkpoint or file.parent)
@@ -50,6 +57,39 @@ def tokenizer_file(location: Path) -> Path:
         "file named *.model. A folder with vocab.json and merges.txt gets its tokenizer.json from transformers: "
         "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     )
+
+
+def refuse_added_tokens(file: Path) -> None:
+    """Refuses a SentencePiece model with tokens beside it that the model lacks; imports no torch and no transformers.
+
+    Args:
+        file: As `tokenizer_file` found it. A tokenizer.json holds its added tokens itself.
+
+    Raises:
+        InputError: Names the tokens, and how to make a tokenizer that knows them.
+    """
+    if file.name == _HF_FILE:
+        return
+    largest = _largest_sentencepiece_id(file)
+    added = [text for text, number in _added_beside(file.parent).items() if number > largest]
+    if added:
+        raise InputError(
+            f"{file}: the folder adds tokens that a SentencePiece model cannot hold: {listed(added)}; make a "
+            "tokenizer.json that does with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+
+
+def _added_beside(folder: Path) -> dict[str, int]:
+    """Ids of the tokens that the files beside a SentencePiece model add, by their texts."""
+    found: dict[str, int] = {}
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        found |= {text: number for text, number in read_json(path).items() if isinstance(number, int)}
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        decoder = read_json(path).get("added_tokens_decoder") or {}
+        found |= {facts["content"]: int(number) for number, facts in decoder.items()}
+    return found
 
 
 def largest_token_id(file: Path) -> int:

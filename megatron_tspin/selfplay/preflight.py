@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.tokenizer_loading import largest_token_id, tokenizer_file
+from megatron_tspin.data.tokenizer_loading import largest_token_id, refuse_added_tokens, tokenizer_file
 from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.hf_config import Architecture, read_architecture
@@ -107,6 +107,7 @@ def _check_tokenizer(config: Config) -> None:
     if not location.exists():
         raise InputError(f"{location}: no such tokenizer; model.tokenizer must be a folder or a SentencePiece model")
     source = tokenizer_file(location)
+    refuse_added_tokens(source)
     largest = largest_token_id(source)
     if config.data.template == CHAT_TEMPLATE:
         _check_chat_template(source)

@@ -84,3 +84,18 @@ def test_the_fingerprint_tells_templates_apart(
     assert fingerprint("chat", tokenizer) != fingerprint("chat", other)
     assert fingerprint("a{prompt}", tokenizer) == fingerprint("a{prompt}", other)
     assert fingerprint("a{prompt}", tokenizer) != fingerprint("b{prompt}", tokenizer)
+
+
+@pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize(("template", "prompt"), [("<s>{prompt}", "p"), ("{prompt}", "<s>p"), ("{prompt}", "p")])
+def test_bos_comes_once(
+    hf_folder_factory: Callable[..., Path], tmp_path: Path, post: str, template: str, prompt: str
+) -> None:
+    tokenizer = load_tokenizer(str(hf_folder_factory(tmp_path / "hf", post=post)))
+    (bare,) = tokenizer.encode_batch(["p"], add_special_tokens=False)
+    assert PromptTemplate(template, tokenizer).prompt_ids([example(prompt)]) == [[0, *bare]]
+
+
+def test_two_of_bos_in_a_text_are_two(tokenizer: Tokenizer) -> None:
+    (bare,) = tokenizer.encode_batch(["p"], add_special_tokens=False)
+    assert PromptTemplate("{prompt}", tokenizer).prompt_ids([example("<s><s>p")]) == [[0, 0, *bare]]

@@ -8,6 +8,7 @@ import pytest
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import Documents, open_documents
+from megatron_tspin.data.preview import preview
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer, tokenize_run
 from megatron_tspin.data.user_examples import read_annotated
@@ -242,3 +243,23 @@ def test_more_examples_than_a_batch(config_of: ConfigOf, monkeypatch: pytest.Mon
     tokenize_run(config)
     assert {k: v[1] for k, v in outputs(config).items()} == {k: v[1] for k, v in small.items()}
     assert ids_of_examples(config, "train") == [str(n) for n in range(1, 11)]
+
+
+def test_special_tokens_in_the_data_are_counted(config_of: ConfigOf, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [("a<|user|>b", "c"), ("a", "b"), ("q", "x <s>")]
+    lines = [line(prompt, response) for prompt, response in texts]
+    tokenize_run(config_of(lines))
+    assert "1 of 3 examples hold the text of the special token '<|user|>', which becomes that token: 1" in caplog.text
+    assert "1 of 3 examples hold the text of the special token '<s>', which becomes that token: 3" in caplog.text
+    assert "'</s>'" not in caplog.text.replace("close with '</s>'", "")
+
+
+def test_a_preview_shows_tokens_and_writes_nothing(config_of: ConfigOf) -> None:
+    config = config_of([{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
+    ((identifier, tokens),) = preview(config, 1)
+    (prompt,), (response,) = ([[token.id for token in tokens if token.part == part]] for part in ("prompt", "response"))
+    template = PromptTemplate(config.data.template, load_run_tokenizer(config))
+    assert template.encode(read_annotated(Path(config.data.annotated))[:1]) == ([prompt], [response])
+    assert identifier == "1" and tokens[-1].special and tokens[-1].text == "</s>"
+    assert [token.special for token in tokens if token.text.startswith("<")] == [True] * 2
+    assert not Path(config.run_dir).exists()
