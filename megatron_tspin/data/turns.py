@@ -41,6 +41,11 @@ def last_user_turn(messages: Any) -> list[Message]:
     return found
 
 
+def without_earlier_turns(messages: list[Message]) -> list[Message]:
+    """What a template that knows no roles can say of a conversation: its system messages and its last user message."""
+    return [message for message in messages[:-1] if message["role"] == "system"] + messages[-1:]
+
+
 def joined(messages: list[Message]) -> str:
     """The messages as one text, for templates that know no roles."""
     return "\n\n".join(message["content"] for message in messages)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from megatron_tspin.data.annotated import Example
 from megatron_tspin.data.problems import Problems, listed
-from megatron_tspin.data.turns import first_turn, joined, last_user_turn, shown, text_of
+from megatron_tspin.data.turns import first_turn, joined, last_user_turn, shown, text_of, without_earlier_turns
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.storage import parse_json
@@ -46,7 +46,9 @@ def read_annotated(path: Path) -> list[Example]:
 def read_prompts(path: Path) -> list[Example]:
     """Reads prompts to answer; a response is not needed.
 
-    A line has `prompt`, or `messages`, of which the last user message is answered, with all that comes before it.
+    A line has `prompt`, or `messages`, of which the last user message is answered. Under a chat template all that comes
+    before it is read too; of a conversation, a plain template can say the system messages only, which `warn_of_lost_turns`
+    tells.
 
     Raises:
         InputError: As for `read_annotated`.
@@ -75,6 +77,20 @@ def read_scored(path: Path, vocab_size: int) -> list[Example | TokenIds]:
     found = _read(path, parse, needs)
     _warn_of_cut_turns(path, [item for item in found if isinstance(item, Example)])
     return found
+
+
+def warn_of_lost_turns(path: Path, examples: Sequence[Example]) -> None:
+    """Says of whose messages a template that knows no roles leaves earlier turns out."""
+    lost = [item.id for item in examples if item.messages and any(m["role"] == "assistant" for m in item.messages)]
+    if lost:
+        logger.warning(
+            "%s: the template knows no turns, so that only the last user message of a conversation is answered, without "
+            "the turns before it, in %d of %d: %s; `--template chat` reads them all",
+            path,
+            len(lost),
+            len(examples),
+            listed(lost),
+        )
 
 
 def line_numbers(path: Path) -> list[int]:
@@ -158,7 +174,8 @@ def _prompt(record: dict[str, Any], identifier: str) -> Example:
         return Example(id=identifier, prompt=prompt, response="", record=record)
     _refuse_both(record)
     messages = last_user_turn(record["messages"])
-    return Example(id=identifier, prompt=joined(messages), response="", messages=messages, record=record)
+    prompt = joined(without_earlier_turns(messages))
+    return Example(id=identifier, prompt=prompt, response="", messages=messages, record=record)
 
 
 def _refuse_both(record: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from megatron_tspin.checkpoint.policies import policy_checkpoint
-from megatron_tspin.config import Config
+from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.role_documents import binding_facts
 from megatron_tspin.data.tokenizer import Tokenizer
-from megatron_tspin.data.user_examples import read_prompts
+from megatron_tspin.data.user_examples import read_prompts, warn_of_lost_turns
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_file, of_run
 from megatron_tspin.generation.player import Player, load_player
@@ -176,6 +176,8 @@ def generate_file(
         overwrite: Remove the shards of other answers instead of refusing to mix them.
     """
     examples = read_prompts(prompts)
+    if config.data.template != CHAT_TEMPLATE:
+        warn_of_lost_turns(prompts, examples)
     with _player(config, load, iteration) as player:
         if overwrite:
             on_first_rank(lambda: remove_shards(output), player.topology)
