@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, SourceRange, weights
+from megatron_tspin.checkpoint.tensor_check import Header, refused_dtype, tensor_problems
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.models.hf_config import Architecture
@@ -60,14 +61,18 @@ class HFFolder:
         """
         stored = self._stored_dtype(name)
         if stored not in _DTYPES:
-            raise InputError(f"{self.folder}: {_refused_dtype(name, stored)}")
+            raise InputError(f"{self.folder}: {refused_dtype(name, stored)}")
         return _DTYPES[stored]
 
     def _stored_dtype(self, name: str) -> str:
         return str(self._files[name].get_slice(name).get_dtype())
 
     def read(self, name: str, source_range: SourceRange | None = None) -> Tensor:
-        """Reads a tensor, or the rows or columns of one, and no more than those."""
+        """Reads a tensor, or the rows or columns of one, and no more than those.
+
+        Raises:
+            InputError: It holds NaN or an infinity.
+        """
         stored = self._files[name].get_slice(name)
         if source_range is None:
             tensor: Tensor = stored[:]
@@ -75,6 +80,12 @@ class HFFolder:
             tensor = stored[source_range.start : source_range.stop]
         else:
             tensor = stored[:, source_range.start : source_range.stop]
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise InputError(
+                f"{self._file_of[name]}: tensor {name} holds {bad} values that are NaN or infinite; take a checkpoint "
+                "whose training went well"
+            )
         return tensor
 
     def check(self, architecture: Architecture) -> None:
@@ -92,31 +103,16 @@ class HFFolder:
             raise InputError("\n".join(f"{self.folder}: {line}" for line in problems[:_SHOWN] + more))
 
     def _problems(self, architecture: Architecture) -> Iterator[str]:
-        left_over = {name for name in self.names if not name.endswith(".inv_freq")}
-        for weight in weights(architecture):
-            for name, shape in zip(weight.hf, weight.shapes, strict=True):
-                if name not in self.names:
-                    yield f"tensor {name} is missing; config.json describes an architecture that has it"
-                    continue
-                left_over.discard(name)
-                if self.shape(name) != shape:
-                    yield f"tensor {name} has shape {list(self.shape(name))}, config.json demands {list(shape)}"
-                if self._stored_dtype(name) not in _DTYPES:
-                    yield _refused_dtype(name, self._stored_dtype(name))
-        if architecture.tied_embeddings and LM_HEAD in left_over:
-            left_over.discard(LM_HEAD)
+        yield from tensor_problems(
+            {name: Header(self.shape(name), self._stored_dtype(name)) for name in self.names}, architecture
+        )
+        if architecture.tied_embeddings and LM_HEAD in self.names:
             embedding = next(weight.hf[0] for weight in weights(architecture) if weight.core == EMBEDDING)
             if embedding in self.names and not torch.equal(self.read(LM_HEAD), self.read(embedding)):
                 yield (
                     f"config.json ties the embeddings but {LM_HEAD} differs from {embedding}; set "
                     "tie_word_embeddings to false, or remove the tensor that is not meant"
                 )
-        for name in sorted(left_over):
-            yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
-
-
-def _refused_dtype(name: str, stored: str) -> str:
-    return f"tensor {name} has dtype {stored}; use an unquantised checkpoint in {', '.join(_DTYPES)}"
 
 
 def _open(path: Path) -> Any:

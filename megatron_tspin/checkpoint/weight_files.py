@@ -6,6 +6,7 @@ from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.storage import read_json
 
 WEIGHTS = "model.safetensors"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -23,9 +24,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.name != _ADAPTER_WEIGHTS)
     if found:
         return found
+    if (folder / _ADAPTER).is_file():
+        raise InputError(
+            f"{folder}: this is a LoRA adapter ({_ADAPTER}), not a model; merge it into its base first (peft: "
+            "`model.merge_and_unload().save_pretrained(folder)`) and give that folder"
+        )
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise InputError(

@@ -20,6 +20,7 @@ from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_policy
 from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.hf_reading import check_reading
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank
 from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
@@ -108,9 +109,9 @@ def _convert(
     digest: str,
     parity: tuple[list[Sentence], float] = ([], 0.0),
 ) -> None:
-    model: PolicyModel = build_policy(
-        read_architecture(source), parallel, TrainingSection(), PrecisionSection(), topology
-    )
+    architecture = read_architecture(source)
+    on_first_rank(lambda: check_reading(architecture), topology)
+    model: PolicyModel = build_policy(architecture, parallel, TrainingSection(), PrecisionSection(), topology)
     load_hf(model, topology)
     sentences, bound = parity
     if sentences:

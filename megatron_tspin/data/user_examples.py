@@ -46,9 +46,8 @@ def read_annotated(path: Path) -> list[Example]:
 def read_prompts(path: Path) -> list[Example]:
     """Reads prompts to answer; a response is not needed.
 
-    A line has `prompt`, or `messages`, of which the last user message is answered. Under a chat template all that comes
-    before it is read too; of a conversation, a plain template can say the system messages only, which `warn_of_lost_turns`
-    tells.
+    A line has `prompt`, or `messages`, of which the last user message is answered. A chat template reads all that comes
+    before it too; a plain one can say no more than the system messages, which `warn_of_lost_turns` tells.
 
     Raises:
         InputError: As for `read_annotated`.
@@ -84,8 +83,8 @@ def warn_of_lost_turns(path: Path, examples: Sequence[Example]) -> None:
     lost = [item.id for item in examples if item.messages and any(m["role"] == "assistant" for m in item.messages)]
     if lost:
         logger.warning(
-            "%s: the template knows no turns, so that only the last user message of a conversation is answered, without "
-            "the turns before it, in %d of %d: %s; `--template chat` reads them all",
+            "%s: the template knows no turns, so only the last user message of a conversation is answered, without those "
+            "before it, in %d of %d: %s; `--template chat` reads them all",
             path,
             len(lost),
             len(examples),

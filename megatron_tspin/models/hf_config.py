@@ -24,6 +24,15 @@ _READ = {
     "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "hidden_act", "attention_bias", "mlp_bias",
     "partial_rotary_factor", "eos_token_id", "layer_types",
 }  # fmt: skip
+_NOT_UNDERSTOOD = "is not understood, so the computation might differ; remove the key if it is unused"
+_ADVICE = {
+    "auto_map": "names code of the checkpoint's own, which is never run here; remove the key if the model computes "
+    "what its model_type says, as transformers' own class does",
+    "quantization_config": "says that the weights are quantised; take the unquantised checkpoint, or dequantise it "
+    "with transformers (`model.dequantize()`) and save it again",
+}
+_FRACTION = "rms_norm_eps"
+_JSON_NAMES = {list: "a list", dict: "an object"}
 _NEUTRAL = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "bos_token_id", "pad_token_id", "use_cache",
     "initializer_range", "_name_or_path", "name_or_path", "attention_dropout", "pretraining_tp", "is_llama_config",
@@ -171,15 +180,27 @@ def _problems(config: dict[str, Any]) -> list[str]:
                 "rms_norm_eps", "max_position_embeddings")  # fmt: skip
     found = [f"`{key}` is missing" for key in required if key not in config]
     found += [
-        f"`{key}` = {config[key]!r} must be a number above 0"
+        f"`{key}` = {config[key]!r} must be a {'number' if key == _FRACTION else 'whole number'} above 0"
         for key in required
-        if key in config and not (type(config[key]) in (int, float) and config[key] > 0)
+        if key in config and not _is_positive(config[key], whole=key != _FRACTION)
     ]
     found += [
-        f"`{key}` = {value!r} is not understood, so the computation might differ; remove the key if it is unused"
+        f"`{key}` = {value!r} {_ADVICE.get(key, _NOT_UNDERSTOOD)}"
         for key, value in config.items()
         if key not in _READ | _NEUTRAL and value not in (None, False, [], {})
     ]
+    kinds = {"layer_types": list, "rope_scaling": dict, "rope_parameters": dict}
+    ill = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind | None)]
+    if ill:
+        return [*found, *(f"`{key}` = {config[key]!r} must be {_JSON_NAMES[kinds[key]]}" for key in ill)]
+    whole = ("num_key_value_heads", "head_dim", "sliding_window")
+    found += [
+        f"`{key}` = {config[key]!r} must be a whole number above 0"
+        for key in whole
+        if config.get(key) is not None and not _is_positive(config[key], whole=True)
+    ]
+    if not found:
+        found += _head_problems(config)
     if config.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act = {config['hidden_act']!r} is not implemented; only silu is")
     found += [
@@ -192,9 +213,30 @@ def _problems(config: dict[str, Any]) -> list[str]:
     rope = rope_settings(config)
     if rope["rope_type"] not in _ROPE_TYPES:
         found.append(f"rope type {rope['rope_type']!r} is not implemented; implemented are {', '.join(_ROPE_TYPES)}")
+    if not _is_positive(rope["rope_theta"], whole=False):
+        found.append(f"rope_theta = {rope['rope_theta']!r} must be a number above 0")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     if partial != 1.0:
         found.append(f"partial_rotary_factor = {partial} is not implemented")
+    return found
+
+
+def _is_positive(value: Any, whole: bool) -> bool:
+    return (type(value) is int or (type(value) is float and not whole)) and value > 0
+
+
+def _head_problems(config: dict[str, Any]) -> list[str]:
+    """Sizes of heads that do not add up."""
+    heads, hidden, kv_heads = config["num_attention_heads"], config["hidden_size"], _num_kv_heads(config)
+    found = []
+    if not config.get("head_dim") and hidden % heads:
+        found.append(f"num_attention_heads = {heads} does not divide hidden_size = {hidden}, and there is no head_dim")
+    if heads % kv_heads:
+        found.append(f"num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
+    if (config.get("head_dim") or hidden // heads) % 2:
+        found.append(
+            f"heads of {config.get('head_dim') or hidden // heads} columns have no rotary halves; needs even ones"
+        )
     return found
 
 

@@ -59,14 +59,18 @@ def _check_held_out(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     folder = Path(config.model.hf_checkpoint)
-    problems = _problems(lambda config: check_weights(folder), config) if folder.is_dir() else []
+    architecture: Architecture | None = None
+    problems: list[str] = []
     try:
         architecture = read_architecture(folder)
     except InputError as error:
         problems += str(error).splitlines()
-    else:
+    if folder.is_dir():
+        problems += _problems(lambda config: check_weights(folder, architecture), config)
+    if architecture is not None:
         problems += _layout_problems(architecture, config)
-        problems += _problems(lambda config: architecture.check_length(config.data.seq_length), config)
+        check_length = architecture.check_length
+        problems += _problems(lambda config: check_length(config.data.seq_length), config)
     if problems:
         raise InputError("\n".join(problems))
 

@@ -3,9 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from megatron_tspin.checkpoint.families import SourceRange
 from megatron_tspin.checkpoint.hf_folder import HFFolder, weight_files
 from megatron_tspin.errors import ArtifactError, InputError
 
@@ -65,3 +68,16 @@ def test_a_tensor_in_two_files(folder):
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
     with pytest.raises(ArtifactError, match=r"b.safetensors: tensor .* is in a.safetensors as well"):
         HFFolder(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_named(value: float, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint("tied"), tmp_path / "hf"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        HFFolder(folder).read(name, SourceRange(0, 0, 2, 4))
+    assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: tensor {name} holds 1 values that are NaN")
+    HFFolder(folder).read(name, SourceRange(0, 0, 4, 8))

@@ -51,16 +51,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"quantization_config": {"bits": 4}},
-        "`quantization_config` = {'bits': 4} is not understood, so the computation might differ; "
-        "remove the key if it is unused",
+        "`quantization_config` = {'bits': 4} says that the weights are quantised; take the "
+        "unquantised checkpoint, or dequantise it with transformers (`model.dequantize()`) and save it again",
     ),
     (
         {"logit_scale": 0.0625},
         "`logit_scale` = 0.0625 is not understood, so the computation might differ; remove the key if it is unused",
     ),
-    ({"hidden_size": None}, "`hidden_size` = None must be a number above 0"),
-    ({"num_attention_heads": 0}, "`num_attention_heads` = 0 must be a number above 0"),
-    ({"vocab_size": "101"}, "`vocab_size` = '101' must be a number above 0"),
+    ({"hidden_size": None}, "`hidden_size` = None must be a whole number above 0"),
+    ({"num_attention_heads": 0}, "`num_attention_heads` = 0 must be a whole number above 0"),
+    ({"vocab_size": "101"}, "`vocab_size` = '101' must be a whole number above 0"),
 ]
 
 

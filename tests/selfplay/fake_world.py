@@ -8,7 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from megatron_tspin.checkpoint.families import LM_HEAD, weights
 from megatron_tspin.config import Config
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import Stage
 
@@ -46,6 +48,22 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(end))
 
 
+def shapes_of(checkpoint: Path) -> dict[str, list[int]]:
+    """The tensors that a checkpoint's config.json describes."""
+    architecture = read_architecture(checkpoint)
+    tied = {LM_HEAD} if architecture.tied_embeddings else set()
+    return {
+        name: list(shape)
+        for weight in weights(architecture)
+        for name, shape in zip(weight.hf, weight.shapes, strict=True)
+        if name not in tied
+    }
+
+
+PARAMETERS = 6 * 8 + 8 + 2 * (2 * 8 + (2 * 8 + 2 * 4) * 8 + 3 * 8 * 16)
+"""Of the world's checkpoint: embedding, last norm, and two layers of norms, attention and MLP."""
+
+
 def write_world(tmp_path: Path) -> Path:
     """Everything that a run reads."""
     checkpoint = tmp_path / "base"
@@ -55,7 +73,7 @@ def write_world(tmp_path: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.add_tokens(["<x>"])
     tokenizer.save(str(checkpoint / "tokenizer.json"))
-    write_safetensors(checkpoint / "model.safetensors", {"model.embed_tokens.weight": [6, 8], "model.norm.weight": [8]})
+    write_safetensors(checkpoint / "model.safetensors", shapes_of(checkpoint))
     lines = [json.dumps({"prompt": f"question {number}", "response": "answer"}) for number in range(3)]
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

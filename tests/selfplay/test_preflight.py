@@ -12,7 +12,7 @@ from megatron_tspin.selfplay import disk_space
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.weights import count_parameters
 from tests.data.tokenizer_kinds import sentencepiece_model
-from tests.selfplay.fake_world import write_safetensors
+from tests.selfplay.fake_world import PARAMETERS, shapes_of, write_safetensors
 
 ConfigOf = Callable[..., Config]
 
@@ -149,12 +149,33 @@ def test_truncated_and_missing_weights(world: Path, config_of: ConfigOf) -> None
     assert "model-00002.safetensors: no such file" in line
 
 
+def test_an_adapter_is_no_model(world: Path, config_of: ConfigOf) -> None:
+    base = world / "base"
+    (base / "model.safetensors").rename(base / "adapter_model.safetensors")
+    (base / "adapter_config.json").write_text("{}")
+    (line,) = refused(config_of())
+    assert "base: this is a LoRA adapter (adapter_config.json), not a model; merge it into its base first" in line
+
+
+def test_tensors_are_compared_with_the_config(world: Path, config_of: ConfigOf) -> None:
+    shapes = shapes_of(world / "base")
+    shapes["model.norm.weight"] = [9]
+    shapes["model.extra"] = shapes.pop("model.layers.1.mlp.down_proj.weight")
+    write_safetensors(world / "base" / "model.safetensors", shapes)
+    assert refused(config_of()) == [
+        f"{world / 'base'}: tensor model.layers.1.mlp.down_proj.weight is missing; config.json describes an "
+        "architecture that has it",
+        f"{world / 'base'}: tensor model.norm.weight has shape [9], config.json demands [8]",
+        f"{world / 'base'}: tensor model.extra is left over; no part of the architecture in config.json takes it",
+    ]
+
+
 def test_parameters_are_counted_from_headers(world: Path) -> None:
-    assert count_parameters(world / "base") == 6 * 8 + 8
+    assert count_parameters(world / "base") == PARAMETERS
     write_safetensors(world / "base" / "more.safetensors", {"scalar": [], "b": [2, 3]})
-    assert count_parameters(world / "base") == 6 * 8 + 8, "model.safetensors alone counts, as in transformers"
+    assert count_parameters(world / "base") == PARAMETERS, "model.safetensors alone counts, as in transformers"
     (world / "base" / "model.safetensors").rename(world / "base" / "first.safetensors")
-    assert count_parameters(world / "base") == 6 * 8 + 8 + 1 + 6
+    assert count_parameters(world / "base") == PARAMETERS + 1 + 6
 
 
 class Usage(NamedTuple):
@@ -165,8 +186,8 @@ class Usage(NamedTuple):
 
 def test_disk_space(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(training__save_interval=1, training__epochs=9)
-    least, likely = disk_space.least_bytes(config, 56), disk_space.likely_bytes(config, 56, 3)
-    assert (least, likely) == (4 * 56 * 4, 9 * 56 * 4)
+    least, likely = disk_space.least_bytes(config, PARAMETERS), disk_space.likely_bytes(config, PARAMETERS, 3)
+    assert (least, likely) == (4 * PARAMETERS * 4, 9 * PARAMETERS * 4)
     for free, outcome in ((least - 1, "refused"), (least, "warned"), (likely, "passed")):
         caplog.clear()
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10**9, 0, free))
@@ -185,7 +206,7 @@ def test_what_a_run_has_written_counts_as_available(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 0))
     assert refused(config_of())
     (world / "run").mkdir()
-    (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(config_of(), 56)))
+    (world / "run" / "x").write_bytes(bytes(disk_space.least_bytes(config_of(), PARAMETERS)))
     preflight(config_of())
 
 

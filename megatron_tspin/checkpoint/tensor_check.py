@@ -1,0 +1,49 @@
+"""Whether a checkpoint's tensors are those that its config.json describes, from their names, shapes and types alone.
+
+No torch here: the driver asks too.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_tspin.checkpoint.families import LM_HEAD, weights
+from megatron_tspin.models.hf_config import Architecture
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are read, as safetensors writes them."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def tensor_problems(headers: Mapping[str, Header], architecture: Architecture) -> Iterator[str]:
+    """Every tensor that is missing, left over, or of another shape or type.
+
+    Buffers called `*.inv_freq` are not weights and are passed over. A tied checkpoint may store its embedding a second
+    time as `lm_head.weight`.
+    """
+    left_over = {name for name in headers if not name.endswith(".inv_freq")}
+    for weight in weights(architecture):
+        for name, shape in zip(weight.hf, weight.shapes, strict=True):
+            if name not in headers:
+                yield f"tensor {name} is missing; config.json describes an architecture that has it"
+                continue
+            left_over.discard(name)
+            if headers[name].shape != shape:
+                yield f"tensor {name} has shape {list(headers[name].shape)}, config.json demands {list(shape)}"
+            if headers[name].dtype not in FLOATING:
+                yield refused_dtype(name, headers[name].dtype)
+    if architecture.tied_embeddings:
+        left_over.discard(LM_HEAD)
+    for name in sorted(left_over):
+        yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
+
+
+def refused_dtype(name: str, stored: str) -> str:
+    """Why a tensor of this type is not read."""
+    return f"tensor {name} has dtype {stored}; use an unquantised checkpoint in {', '.join(FLOATING)}"
