@@ -310,6 +310,7 @@ class EvaluationSection(Section):
         "--tspin-scorer",
         "`path/to/file.py:function` or `package.module:function`, called with (record, response), returning 0..1.",
     )
+    scorer_seconds: float = execution(60.0, None, "Most seconds that the scorer may take for one answer.", gt=0)
     greedy: bool = result(True, "--tspin-evaluate-greedy", "Score the most probable answers.")
     sampled: bool = result(True, "--tspin-evaluate-sampled", "Score answers sampled with the generation settings.")
 

@@ -83,8 +83,8 @@ def warn_of_lost_turns(path: Path, examples: Sequence[Example]) -> None:
     lost = [item.id for item in examples if item.messages and any(m["role"] == "assistant" for m in item.messages)]
     if lost:
         logger.warning(
-            "%s: the template knows no turns, so only the last user message of a conversation is answered, without those "
-            "before it, in %d of %d: %s; `--template chat` reads them all",
+            "%s: the template knows no turns, so only the last user message of a conversation is answered, without "
+            "those before it, in %d of %d: %s; `--template chat` reads them all",
             path,
             len(lost),
             len(examples),

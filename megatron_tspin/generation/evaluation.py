@@ -102,7 +102,8 @@ def evaluate_policy(config: Config, player: Player, policy: int, held_out: HeldO
     }
     pairs = list(zip(prompts, held_out.annotated, strict=True))
     log_probs = score_pairs(player.model, topology, pairs, description=f"held-out/{policy}/annotated")
-    judged = on_first_rank(lambda: _judged(requests, folders, held_out.examples, scorer), topology)
+    seconds = config.evaluation.scorer_seconds
+    judged = on_first_rank(lambda: _judged(requests, folders, held_out.examples, scorer, seconds), topology)
     return Evaluation(
         iteration=policy,
         log_prob_annotated=fmean(log_probs),
@@ -116,10 +117,11 @@ def _judged(
     folders: Mapping[str, Path],
     examples: Sequence[Example],
     scorer: Scorer | None,
+    seconds: float,
 ) -> dict[str, Any]:
     """What an `Evaluation` says of the answers in the shards."""
     found = {name: read_shards(request, folders[name]) for name, request in requests.items()}
-    results = {name: decoding_result(examples, responses, scorer) for name, responses in found.items()}
+    results = {name: decoding_result(examples, responses, scorer, seconds) for name, responses in found.items()}
     sampled = found.get("sampled")
     log_prob = fmean(sum(response.token_log_probs) for response in sampled) if sampled else None
     return {"greedy": results.get("greedy"), "sampled": results.get("sampled"), "log_prob_sampled": log_prob}
@@ -138,7 +140,7 @@ def _load_on_first_rank(name: str | None, topology: Topology) -> Scorer | None:
 
 
 def decoding_result(
-    examples: Sequence[Example], responses: Sequence[Response], scorer: Scorer | None
+    examples: Sequence[Example], responses: Sequence[Response], scorer: Scorer | None, seconds: float = math.inf
 ) -> DecodingResult:
     """Scores answers; one that did not end is wrong whatever it says.
 
@@ -147,7 +149,7 @@ def decoding_result(
     scores: list[float] | None = None
     if scorer is not None:
         scores = [
-            score_answer(scorer, example.record, response.text, example.id) if response.ended else 0.0
+            score_answer(scorer, example.record, response.text, example.id, seconds) if response.ended else 0.0
             for example, response in zip(examples, responses, strict=True)
         ]
     return DecodingResult(

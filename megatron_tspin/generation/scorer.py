@@ -1,10 +1,15 @@
 """The user's function that judges an answer."""
 
+import contextlib
+import copy
 import importlib
 import importlib.util
+import math
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +58,110 @@ def _from_file(path: Path, name: str) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
-    spec.loader.exec_module(module)
+    _let_import_from(path.absolute().parent)
+    try:
+        spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: it is the scorer's, not ours
+        raise InputError(
+            f"evaluation.scorer = {name!r}: loading it failed at {_place(error, path)}: {type(error).__name__}: {error}"
+        ) from error
     return module
+
+
+def _let_import_from(folder: Path) -> None:
+    """Modules beside the scorer are found before installed ones, and never in place of Python's own."""
+    if str(folder) in sys.path:
+        return
+    sites = [index for index, entry in enumerate(sys.path) if Path(entry).name in ("site-packages", "dist-packages")]
+    sys.path.insert(min(sites, default=len(sys.path)), str(folder))
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """Where in the scorer's file it happened, not in what it called."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f"{path}:{lines[-1] if lines else getattr(error, 'lineno', None) or 1}"
 
 
 def _from_module(place: str, name: str) -> Any:
     try:
         return importlib.import_module(place)
-    except (ImportError, TypeError, ValueError) as error:  # the last two: no name, or a relative one
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module raises; TypeError and ValueError for no name or a relative one
         raise InputError(f"evaluation.scorer = {name!r}: {error}") from error
 
 
-def score_answer(scorer: Scorer, record: Mapping[str, Any], text: str, example_id: str) -> float:
-    """Calls the scorer.
+def score_answer(
+    scorer: Scorer, record: Mapping[str, Any], text: str, example_id: str, seconds: float = math.inf
+) -> float:
+    """Calls the scorer, with a record of its own to change; what it prints goes to stderr.
+
+    Args:
+        scorer: The user's function.
+        record: The user's line.
+        text: The answer.
+        example_id: Names the example in errors.
+        seconds: How long it may take.
 
     Raises:
-        InputError: It failed, or returned something other than a number from 0 to 1; names the scorer and the example.
+        InputError: It failed, took longer, or returned something other than a number from 0 to 1; names the scorer and
+            the example.
     """
     name = getattr(scorer, "__name__", repr(scorer))
     try:
-        score = scorer(record, text)
-    except Exception as error:
+        with _time_limit(seconds), contextlib.redirect_stdout(sys.stderr):
+            score = scorer(copy.deepcopy(dict(record)), text)
+    except _TimeLimitError as error:
+        raise InputError(
+            f"the scorer `{name}` took more than {seconds:g} s for example {example_id}; make it faster, or raise "
+            "evaluation.scorer_seconds"
+        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: it is the scorer's, not ours
         place = traceback.extract_tb(error.__traceback__, limit=2)[-1]  # the line of the scorer, not of what it called
         raise InputError(
             f"{place.filename}:{place.lineno}: the scorer `{name}` failed for example {example_id}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not isinstance(score, int | float) or not 0.0 <= score <= 1.0:
+    number = _number(score)
+    if number is None or not 0.0 <= number <= 1.0:
         raise InputError(
             f"the scorer `{name}` returned {score!r} for example {example_id}; it must return a number from 0 to 1"
         )
-    return float(score)
+    return number
+
+
+def _number(score: Any) -> float | None:
+    """A number of whatever library; None for anything else."""
+    if score is None or isinstance(score, str | bytes):
+        return None
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        return None
+
+
+class _TimeLimitError(BaseException):
+    """Not an Exception, so that a scorer does not catch it."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises in the block after so many seconds, as soon as Python runs again; on the main thread alone."""
+    if not math.isfinite(seconds) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TimeLimitError
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)

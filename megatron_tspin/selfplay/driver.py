@@ -20,8 +20,15 @@ from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.retention import release_policies
 from megatron_tspin.selfplay.run_config import added_iterations, check_same_config, with_absolute_paths, write_config
+from megatron_tspin.selfplay.scorer_trial import try_scorer
 
 logger = get_logger(__name__)
+
+
+def check_before(config: Config) -> None:
+    """Refuses what cannot work before anything starts."""
+    preflight(config)
+    try_scorer(config)
 
 
 def run(
@@ -29,7 +36,7 @@ def run(
     dry_run: bool = False,
     on_iteration: Callable[[Path], None] = lambda run_dir: None,
     command: launch.Command = launch.command,
-    check: Callable[[Config], None] = preflight,
+    check: Callable[[Config], None] = check_before,
 ) -> int:
     """Runs every stage that is not done yet.
 

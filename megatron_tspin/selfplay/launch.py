@@ -15,6 +15,12 @@ from megatron_tspin.selfplay.plan import Stage
 LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
 """Names the file to which the ranks of a stage also write their log lines and tracebacks."""
 
+_LAUNCHER_VARIABLES = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GTIDS", "SLURM_STEP_ID", "SLURM_STEPID",
+})  # fmt: skip
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_ASYNC_", "PET_", "OMPI_", "PMI_", "PMIX_", "PMI2_", "MV2_", "HYDRA_")
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -55,17 +61,30 @@ def environment(config: Config, log_file: Path) -> dict[str, str]:
 
     Nothing is looked up on the network, and the package is found from any working directory.
     """
-    package_parent = str(Path(__file__).resolve().parents[2])
-    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        **os.environ,
+        **environment_without_launchers(),
         "OMP_NUM_THREADS": str(config.parallel.cpu_threads),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(search_path),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         LOG_FILE_VARIABLE: str(log_file),
     }
+
+
+def environment_without_launchers() -> dict[str, str]:
+    """This process's environment as a program of our own gets it.
+
+    It knows of no launcher around us, whose ranks would be taken for its own. The package is found from any folder, and
+    nothing in the working folder takes the place of a module of Python's (`random.py`, `tokenize.py`).
+    """
+    package_parent = str(Path(__file__).resolve().parents[2])
+    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {name: value for name, value in os.environ.items() if not _is_of_a_launcher(name)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(search_path), "PYTHONSAFEPATH": "1"}
+
+
+def _is_of_a_launcher(name: str) -> bool:
+    return name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)
 
 
 def run_process(argv: list[str], env: dict[str, str], lock: int) -> int:

@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "generation.pipeline_model_parallel_size": 1,
     "generation.data_parallel_size": 1,
     "self_play.keep_policies": 1,
+    "evaluation.scorer_seconds": 5.0,
 }
 """Another value for everything that may change, but for run_dir."""
 NEEDED: dict[str, dict[str, Any]] = {
