@@ -135,6 +135,11 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard_*.jsonl"))
 
 
+def shard_digest(shard: Path) -> Path:
+    """Hex SHA-256 of a shard, there once it is whole."""
+    return shard.with_suffix(".sha256")
+
+
 def shard_settings(folder: Path) -> Path:
     """With which settings a folder's shards were made."""
     return folder / "settings.json"

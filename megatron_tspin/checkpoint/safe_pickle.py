@@ -40,7 +40,40 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_STATEFUL = frozenset({
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_StorageInfo",
+})  # fmt: skip
+_OPCODES = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
+    pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_TUPLE,
+    pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS,
+    pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NEWOBJ,
+    pickle.REDUCE, pickle.BUILD,
+)  # fmt: skip
+
+
+_PythonUnpickler: Any = pickle._Unpickler  # which typeshed takes for the one in C
+
+
+class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+    """Python's unpickler written in Python: the one in C lets nobody look at single opcodes.
+
+    Only those that metadata consists of are known. BUILD gives state to objects of its dataclasses alone: of a class or
+    a function it would set attributes for the whole process.
+    """
+
+    dispatch = {code[0]: _PythonUnpickler.dispatch[code[0]] for code in _OPCODES}
+
+    def load_build(self) -> None:
+        owner = type(self.stack[-2])
+        if owner.__name__ not in _STATEFUL or owner.__module__ not in _ALLOWED:
+            raise ArtifactError(f"checkpoint metadata sets attributes of a {owner.__name__}; not loaded")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
             raise ArtifactError(f"checkpoint metadata names {module}.{name}, which does not belong there; not loaded")
@@ -51,9 +84,16 @@ def load(stream: IO[bytes]) -> Any:
     """`pickle.load` for checkpoint metadata.
 
     Raises:
-        ArtifactError: It names anything but the dataclasses of such metadata.
+        ArtifactError: It names anything but the dataclasses of such metadata, does anything but build them, or is torn.
     """
-    return _Unpickler(stream).load()
+    try:
+        return _Unpickler(stream).load()
+    except ArtifactError:
+        raise
+    except Exception as error:  # bytes that are no such pickle fail in every way there is
+        raise ArtifactError(
+            f"checkpoint metadata is not what megatron-core writes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_pickles(folder: Path) -> None:

@@ -131,6 +131,7 @@ class Documents:
         self.path_stem = path_stem
         self.facts: Mapping[str, Any] = sidecar.facts
         self.vocab_size = sidecar.vocab_size
+        self._bin_sha256 = sidecar.bin_sha256
         self.lengths = lengths
         """Number of tokens of each document, int64 [documents]."""
         self._ends = np.cumsum(lengths)
@@ -138,6 +139,20 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def check_unchanged(self) -> None:
+        """Hashes the tokens again: what is mapped and not read into memory may be rewritten while it is in use.
+
+        Raises:
+            ArtifactError: They are no longer what was opened.
+        """
+        path = file_of(self.path_stem, "bin")
+        found = sha256_file(path) if path.is_file() else "that of no file"
+        if found != self._bin_sha256:
+            raise ArtifactError(
+                f"{path}: was rewritten while it was in use (SHA-256 {found}, {self._bin_sha256} when it was opened); "
+                f"what was made since it was last checked is not kept; {_REMEDY}"
+            )
 
     def __getitem__(self, index: int) -> list[int]:
         """Ids of one document, a list of its own."""

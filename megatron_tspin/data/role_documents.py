@@ -31,6 +31,11 @@ class RoleDocuments:
         self.facts: Mapping[str, Mapping[str, Any]] = {key: item.facts for key, item in self._documents.items()}
         """Sidecar facts by role, and of the prompts under `prompt`."""
 
+    def check_unchanged(self) -> None:
+        """See `Documents.check_unchanged`."""
+        for documents in self._documents.values():
+            documents.check_unchanged()
+
     def prompt(self, index: int) -> list[int]:
         """Token ids of a prompt."""
         return self._documents[PROMPT][index]

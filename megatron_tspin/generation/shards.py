@@ -1,13 +1,13 @@
 """Answers to many prompts as shard files, so that an interrupted generation redoes only the shard it was in.
 
-A shard holds a fixed range of the prompts and is generated in the same batches whichever replica makes it. Its ids
-depend on neither batches nor layout, so these may change when a folder is continued; its shard size does not. Shards
-are spread over DP.
+A shard holds a fixed range of the prompts and is generated in the same batches whichever replica makes it; its digest
+lies beside it. Its ids depend on neither batches nor layout, so these may change when a folder is continued; its size
+in prompts does not. Shards are spread over DP.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.log import get_logger, progress_bar
 from megatron_tspin.parallel import Topology, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.records import Response, read_records
-from megatron_tspin.run_folder import shard_path, shard_paths, shard_settings
-from megatron_tspin.storage import read_json, write_json, write_text
+from megatron_tspin.run_folder import shard_digest, shard_path, shard_paths, shard_settings
+from megatron_tspin.storage import read_json, read_text, sha256_file, sha256_text, write_json, write_text
 
 _log = get_logger(__name__)
 
@@ -111,7 +111,7 @@ def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenize
         for number in mine:
             lines = [response.line() for response in _answer_shard(request, shards[number], engine, tokenizer, bar)]
             if topology.is_output_rank:
-                write_text(shard_path(folder, number), "".join(lines))
+                _write_shard(shard_path(folder, number), "".join(lines))
     wait_for_all_ranks()
     return request
 
@@ -124,7 +124,28 @@ def _pending(folder: Path, settings: dict[str, Any], count: int) -> list[int]:
     """
     _bind(folder, settings)
     there = {path.name for path in folder.iterdir()}
-    return [number for number in range(count) if shard_path(folder, number).name not in there]
+    return [number for number in range(count) if not _is_whole(shard_path(folder, number), there)]
+
+
+def _write_shard(path: Path, text: str) -> None:
+    """The digest comes last: a shard without one is made again, to the same answers."""
+    write_text(path, text)
+    write_text(shard_digest(path), sha256_text(text) + "\n")
+
+
+def _is_whole(path: Path, there: Collection[str]) -> bool:
+    """Whether a shard is there, and just as it was written.
+
+    Args:
+        path: The shard.
+        there: Names of the folder's files.
+    """
+    if path.name not in there or shard_digest(path).name not in there:
+        return False
+    whole = sha256_file(path) == read_text(shard_digest(path)).strip()
+    if not whole:
+        _log.warning("%s: was changed since it was written; its answers are made again", path)
+    return whole
 
 
 def _bind(folder: Path, settings: dict[str, Any]) -> None:
@@ -146,7 +167,7 @@ def _bind(folder: Path, settings: dict[str, Any]) -> None:
 
 def remove_shards(folder: Path) -> None:
     """Removes all answers of a folder, and what binds them, but nothing that this module does not write."""
-    for path in (*shard_paths(folder), shard_settings(folder)):
+    for path in (*shard_paths(folder), *map(shard_digest, shard_paths(folder)), shard_settings(folder)):
         path.unlink(missing_ok=True)
 
 
@@ -181,7 +202,7 @@ def read_shards(request: Request, folder: Path) -> list[Response]:
     """All answers, in the order of the prompts.
 
     Raises:
-        ArtifactError: A shard is missing, torn, or answers other prompts; names the file.
+        ArtifactError: A shard is missing, torn, changed, or answers other prompts; names the file.
     """
     responses: list[Response] = []
     for number, prompts in enumerate(request.shards()):
@@ -189,5 +210,7 @@ def read_shards(request: Request, folder: Path) -> list[Response]:
         found = list(read_records(path, Response))
         if [response.id for response in found] != [prompt.id for prompt in prompts]:
             raise ArtifactError(f"{path}: its answers are not those to this run's prompts; remove the file")
+        if sha256_file(path) != read_text(shard_digest(path)).strip():
+            raise ArtifactError(f"{path}: was changed since it was written; remove the file, then it is made again")
         responses += found
     return responses

@@ -3,10 +3,13 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_tspin.checkpoint.manifest import read_manifest
 from megatron_tspin.checkpoint.policies import load_policy, newest_whole, policy_checkpoint
 from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
+from megatron_tspin.errors import ArtifactError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_chunks
 from megatron_tspin.models.hf_config import read_architecture
@@ -53,6 +56,9 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         refuse_stale_facts(f"iteration {iteration}, the documents to train on", documents, topology)
         resumed = newest_whole(checkpoints, topology)
         start = load or policy_checkpoint(folder, iteration, topology)
+        facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
+        if resumed is not None:
+            on_first_rank(lambda: _refuse_other_beginning(resumed, facts), topology)
         model = build_chunks(architecture, config.parallel, config.training, config.precision, topology)
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         _load_start(trainer, start)
@@ -62,11 +68,10 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         rescoring = score_in_fp32(trainer, source, start)
         noise = measure_noise(rescoring, model) if rescoring is not None else None
         if has_reference(config.objective.method):
-            facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
         if resumed is not None:
             trainer.done = _resume(trainer, resumed)
-        _train(trainer, source, checkpoints, folder, noise)
+        _train(trainer, source, checkpoints, folder, noise, facts)
 
 
 def _load_start(trainer: Trainer, start: Path) -> None:
@@ -99,8 +104,23 @@ def _resume(trainer: Trainer, checkpoint: Path) -> int:
     return step
 
 
+def _refuse_other_beginning(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """An iteration is continued towards what it began with, or not at all."""
+    before = read_manifest(checkpoint)["state"].get("began_with")
+    if before != facts:
+        raise ArtifactError(
+            f"{checkpoint}: was trained from another policy, or on other documents, than this iteration begins with "
+            f"now ({before} then, {facts} now); remove {checkpoint.parent} to train the iteration again"
+        )
+
+
 def _train(
-    trainer: Trainer, source: TripletSource, checkpoints: Path, folder: RunFolder, noise: PrecisionNoise | None
+    trainer: Trainer,
+    source: TripletSource,
+    checkpoints: Path,
+    folder: RunFolder,
+    noise: PrecisionNoise | None,
+    began_with: dict[str, Any],
 ) -> None:
     wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
     topology, training = trainer.topology, trainer.config.training
@@ -115,7 +135,8 @@ def _train(
         if writer is not None:
             writer.write(metrics)
         if trainer.done == trainer.num_steps or trainer.done % interval == 0:
-            save_step(trainer, checkpoints)
+            on_first_rank(source.check_unchanged, topology)
+            save_step(trainer, checkpoints, began_with)
 
     try:
         trainer.train(source.global_batch, after_step)
@@ -124,7 +145,7 @@ def _train(
             writer.close()
 
 
-def save_step(trainer: Trainer, checkpoints: Path) -> None:
+def save_step(trainer: Trainer, checkpoints: Path, began_with: dict[str, Any]) -> None:
     """Saves the policy; inside the iteration the optimizer too, which starts afresh in the next iteration.
 
     The iteration's last checkpoint has the fp32 master weights as its weights, for the next one to start from.
@@ -138,7 +159,12 @@ def save_step(trainer: Trainer, checkpoints: Path) -> None:
         trainer.topology,
         optimizer=None if finished else trainer.optimizer,
         masters=trainer.optimizer if finished and trainer.config.precision.bf16 else None,
-        state={"step": trainer.done, "iteration": trainer.iteration, "seed": trainer.config.seed},
+        state={
+            "step": trainer.done,
+            "iteration": trainer.iteration,
+            "seed": trainer.config.seed,
+            "began_with": began_with,
+        },
     )
     if trainer.topology.speaks:
         keep_latest(checkpoints, trainer.done, 1 if finished else trainer.config.training.keep_checkpoints)

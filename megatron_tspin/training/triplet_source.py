@@ -57,6 +57,10 @@ class TripletSource:
         """Hex SHA-256 of each role's sidecar, which holds those of its tokens."""
         return {role: sha256_file(path) for role, path in self._sidecars.items()}
 
+    def check_unchanged(self) -> None:
+        """Demands that the documents are still what was opened; see `Documents.check_unchanged`."""
+        self._documents.check_unchanged()
+
     def global_batch(self, step: int) -> list[Triplet]:
         """The triplets of an optimizer step, counted from 0."""
         return [self.triplet(index) for index in self._sampler.batch(step)]

@@ -12,7 +12,7 @@ from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
-from megatron_tspin.run_folder import shard_path
+from megatron_tspin.run_folder import shard_digest, shard_path
 from tests.rank_pool import in_layout
 from tests.stale_disk import stale_on_rank_1
 
@@ -81,9 +81,10 @@ def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ra
         for prompt in request().prompts
     ]
     assert all(answers == expected for answers, _ in found)
-    assert sorted(contents(tmp_path / "s")) == [
-        "settings.json", "shard_00000.jsonl", "shard_00001.jsonl", "shard_00002.jsonl",
-    ]  # fmt: skip
+    shards = [f"shard_0000{number}" for number in range(3)]
+    assert sorted(contents(tmp_path / "s")) == sorted(
+        ["settings.json", *(f"{shard}.{kind}" for shard in shards for kind in ("jsonl", "sha256"))]
+    )
 
 
 def test_only_the_missing_shard_is_made_again_to_the_same_bytes(ranks: Any, tmp_path: Path) -> None:
@@ -95,6 +96,22 @@ def test_only_the_missing_shard_is_made_again_to_the_same_bytes(ranks: Any, tmp_
     asked = [prompt for _, prompts in found for prompt in prompts]
     assert sorted(asked) == sorted(list(prompt.ids) for prompt in request().prompts[3:6])
     assert ranks(1).run(generate, request(), tmp_path, ParallelSection())[0][1] == []
+
+
+@pytest.mark.parametrize("damage", ["one id", "torn", "without digest"])
+def test_a_shard_that_was_changed_is_made_again(damage: str, ranks: Any, tmp_path: Path) -> None:
+    ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    before, shard = contents(tmp_path), shard_path(tmp_path, 1)
+    text = shard.read_text()
+    if damage == "without digest":
+        shard_digest(shard).unlink()
+    else:
+        shard.write_text(text.replace("[6,", "[7,", 1) if damage == "one id" else text[:-20])
+        assert shard.read_text() != text
+        with pytest.raises((ArtifactError, InputError), match="shard_00001.jsonl"):
+            read_shards(request(), tmp_path)
+    ((_, asked),) = ranks(1).run(generate, request(), tmp_path, ParallelSection())
+    assert contents(tmp_path) == before and len(asked) == 3
 
 
 @pytest.mark.parametrize("change", [{"shard_size": 2}, {"shard_size": 5, "batch_size": 4}], ids=str)
