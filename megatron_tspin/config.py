@@ -5,10 +5,11 @@ YAML file with the sections below; flags (with Megatron's names where Megatron h
 types and impossible combinations are refused by name.
 """
 
+import datetime
 import math
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.config_section import Section, execution, report, result, setting
@@ -45,6 +46,9 @@ class DataSection(Section):
     template: str = result(
         PAPER_TEMPLATE, "--template", "Text around `{prompt}`, or `chat` for the tokenizer's own chat template."
     )
+    template_date: str | None = result(
+        None, None, "Date, as 2026-01-31, for a chat template that asks for today's [that of the run's first start]."
+    )
     closing_token: str | None = result(
         None, None, "Text of the token that closes an annotated response [as tokenizer, configs and template say]."
     )
@@ -53,6 +57,16 @@ class DataSection(Section):
         "refuse", "--over-long", "What to do with an annotated response that does not fit into --seq-length."
     )
     tokenizer_threads: int = execution(2, "--tokenizer-threads", "Threads that tokenize.", ge=1)
+
+    @field_validator("template_date")
+    @classmethod
+    def _template_date_is_one(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                datetime.date.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError(f"template_date = {value!r} is no date; write it as 2026-01-31") from error
+        return value
 
     @model_validator(mode="after")
     def _template_has_one_prompt(self) -> "DataSection":

@@ -1,12 +1,16 @@
 """An HF fast tokenizer, loaded through transformers."""
 
+import datetime
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from megatron_tspin.config import TokenizerRules
 from megatron_tspin.data.continuation import without_prefix
@@ -14,6 +18,9 @@ from megatron_tspin.data.endings import endings_text, resolve_endings
 from megatron_tspin.data.tokenizer_rules import SAMPLE, by_rules, check_rules
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_text
+
+DATE_FUNCTION = "strftime_now"
+"""By which transformers' chat templates reach the date, the only thing outside the checkpoint that they can reach."""
 
 
 class HFTokenizer:
@@ -41,6 +48,7 @@ class HFTokenizer:
         self._continuing = without_prefix(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, facts in added.items() if facts.special)
+        self.date = datetime.date.today()
         self.special_texts = tuple(added[token].content for token in sorted(self.special_ids))
         self.endings = resolve_endings(self._tokenizer.eos_token_id, self.token_text, checkpoint)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -49,7 +57,10 @@ class HFTokenizer:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides about ids."""
-        return sha256_text(json.dumps([*self._rules, endings_text(self.endings)], sort_keys=True))
+        parts = [*self._rules, endings_text(self.endings)]
+        if DATE_FUNCTION in str(self._tokenizer.chat_template):
+            parts.append(self.date.isoformat())
+        return sha256_text(json.dumps(parts, sort_keys=True))
 
     def check(self, texts: Iterable[str]) -> None:
         """Demands, unless it was said whom to believe, that texts have the ids that tokenizer.json gives them.
@@ -97,14 +108,30 @@ class HFTokenizer:
                 f"{self._folder}: the tokenizer has no chat template; give --template a text with {{prompt}} instead"
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
-            )
+            with _today_is(self.date):
+                text: str = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                )
         except Exception as error:  # a template raises whatever its expressions raise
             roles = [message["role"] for message in messages]
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{self._folder}: the chat template refuses messages of {roles}: {reason}") from error
         return text
+
+
+@contextmanager
+def _today_is(date: datetime.date) -> Iterator[None]:
+    """Within the block, what transformers gives chat templates as `strftime_now` knows no other day.
+
+    It is a global of their environment and no argument: functions among the arguments are turned into texts.
+    """
+    module: Any = chat_template_utils
+    original = module.datetime
+    module.datetime = SimpleNamespace(now=lambda: datetime.datetime.combine(date, datetime.time(12)))
+    try:
+        yield
+    finally:
+        module.datetime = original
 
 
 def _load(folder: Path) -> Any:

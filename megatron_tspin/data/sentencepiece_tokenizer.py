@@ -1,5 +1,6 @@
 """A SentencePiece model, loaded with the sentencepiece library."""
 
+import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class SentencePieceTokenizer:
         self._bos = _known(self._processor.bos_id())
         self.vocab_size = int(self._processor.get_piece_size())
         self.special_ids = frozenset(filter(self._processor.is_control, range(self.vocab_size)))
+        self.date = datetime.date.today()
         self.special_texts: tuple[str, ...] = ()  # a text never becomes a control piece
         self.endings = resolve_endings(_known(self._processor.eos_id()), self.token_text, checkpoint)
         self._model_digest = sha256_file(model)

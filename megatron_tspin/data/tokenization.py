@@ -1,5 +1,6 @@
 """The `tokenize` stage: annotated examples become normalised examples and token documents."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def load_run_tokenizer(config: Config) -> Tokenizer:
     location, rules = config.model.tokenizer or str(checkpoint), config.model.tokenizer_rules
     tokenizer = load_tokenizer(location, data.tokenizer_threads, checkpoint, rules)
     tokenizer.endings = endings_of_run(tokenizer, data.template == CHAT_TEMPLATE, data.closing_token)
+    if data.template_date is not None:
+        tokenizer.date = datetime.date.fromisoformat(data.template_date)
     check_vocabulary(tokenizer, model_vocab_size(checkpoint))
     return tokenizer
 

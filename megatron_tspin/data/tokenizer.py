@@ -1,5 +1,6 @@
 """What the project asks of a tokenizer."""
 
+import datetime
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -11,6 +12,8 @@ class Tokenizer(Protocol):
 
     endings: Endings
     """Which tokens end a response; a run may know better than the tokenizer's own files."""
+    date: datetime.date
+    """Today's, for a chat template that asks for it; a run sets its own."""
     special_texts: tuple[str, ...]
     """Texts that become special tokens wherever they stand."""
     special_ids: frozenset[int]

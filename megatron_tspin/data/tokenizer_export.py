@@ -1,9 +1,10 @@
 """The tokenizer of a run as files of an HF checkpoint, from which transformers makes the ids that were trained on."""
 
+import datetime
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,13 @@ def _check(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
 ) -> None:
-    template = PromptTemplate(config.data.template, load_tokenizer(str(folder), rules=config.model.tokenizer_rules))
+    tokenizer = load_tokenizer(str(folder), rules=config.model.tokenizer_rules)
+    if config.data.template_date is not None:
+        tokenizer.date = datetime.date.fromisoformat(config.data.template_date)
+    template = PromptTemplate(config.data.template, tokenizer)
     again, unclosed = template.encode(examples, closed=False)
-    theirs = _ids_by_transformers(folder, config.data.template, [template.text(item) for item in examples], examples)
+    texts = [template.text(item) for item in examples]
+    theirs = _ids_by_transformers(folder, texts, special=config.data.template != CHAT_TEMPLATE)
     for item, ids, found in zip(examples, prompts, again, strict=True):
         _compare(item.id, "prompt", ids, found)
     for item, ids, found in zip(examples, prompts, theirs, strict=True):
@@ -159,17 +164,10 @@ def _check(
         _compare(item.id, "response", ids[: len(found)], found[: len(ids)])
 
 
-def _ids_by_transformers(
-    folder: Path, template: str, texts: Iterable[str], examples: Iterable[Example]
-) -> list[list[int]]:
+def _ids_by_transformers(folder: Path, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """Of prompts as they were rendered; transformers renders a chat template as this package does, through it."""
     tokenizer = _load(folder)
-    if template != CHAT_TEMPLATE:
-        return [list(tokenizer(text)["input_ids"]) for text in texts]
-    conversations = [item.messages or [{"role": "user", "content": item.prompt}] for item in examples]
-    return [
-        list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        for messages in conversations
-    ]
+    return [list(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
 
 
 def _compare(identifier: str, what: str, ours: Sequence[int], theirs: Sequence[int]) -> None:

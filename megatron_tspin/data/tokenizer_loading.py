@@ -6,8 +6,9 @@ from megatron_tspin.config import TokenizerRules
 from megatron_tspin.data.problems import listed
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.errors import InputError
-from megatron_tspin.storage import read_json
+from megatron_tspin.storage import read_json, read_text
 
+_DATE_FUNCTION = "strftime_now"
 _HF_FILE = "tokenizer.json"
 
 
@@ -57,6 +58,13 @@ def tokenizer_file(location: Path) -> Path:
         "file named *.model. A folder with vocab.json and merges.txt gets its tokenizer.json from transformers: "
         "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     )
+
+
+def asks_for_the_date(location: Path) -> bool:
+    """Whether the chat template beside a tokenizer asks for today's date (`strftime_now`)."""
+    folder = location if location.is_dir() else location.parent
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    return any(_DATE_FUNCTION in read_text(folder / name) for name in names if (folder / name).is_file())
 
 
 def refuse_added_tokens(file: Path) -> None:

@@ -19,7 +19,13 @@ from megatron_tspin.selfplay.lock import run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.retention import release_policies
-from megatron_tspin.selfplay.run_config import added_iterations, check_same_config, with_absolute_paths, write_config
+from megatron_tspin.selfplay.run_config import (
+    added_iterations,
+    check_same_config,
+    with_absolute_paths,
+    with_template_date,
+    write_config,
+)
 from megatron_tspin.selfplay.scorer_trial import try_scorer
 
 logger = get_logger(__name__)
@@ -55,6 +61,7 @@ def run(
         StageError: A stage failed.
     """
     config = with_absolute_paths(config, Path.cwd())
+    config = with_template_date(config, datetime.date.today().isoformat())
     run_dir = Path(config.run_dir)
     check_same_config(config)
     check(config)

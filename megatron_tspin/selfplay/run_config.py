@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin.config import Config
+from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.config_section import Affects
 from megatron_tspin.config_source import THIS_FOLDER, dump_config, load_config, settings
+from megatron_tspin.data.tokenizer_loading import asks_for_the_date
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.objective.packing import row_packing
@@ -37,6 +38,22 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     _change(tree["data"], "held_out", absolute)
     _change(tree["evaluation"], "scorer", absolute_scorer)
     return Config.model_validate(tree)
+
+
+def with_template_date(config: Config, today: str) -> Config:
+    """The config with a date for a chat template that asks for one: the run's own, so that every day gives the same.
+
+    Args:
+        config: With absolute paths.
+        today: Taken where neither the config nor the run has one, as 2026-01-31.
+    """
+    data = config.data
+    location = Path(config.model.tokenizer or config.model.hf_checkpoint)
+    if data.template != CHAT_TEMPLATE or data.template_date is not None or not asks_for_the_date(location):
+        return config
+    before = _config_so_far(config)
+    date = (before.data.template_date if before else None) or today
+    return config.model_copy(update={"data": data.model_copy(update={"template_date": date})})
 
 
 def _change(section: dict[str, Any], name: str, change: Callable[[str], str]) -> None:
