@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,18 @@ from megatron_tspin.log import get_logger
 from megatron_tspin.storage import parse_json
 
 Parsed = TypeVar("Parsed")
+
+_OTHER_ENCODINGS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"[\n": "a JSON list",
+}
+MOST_LINE_BYTES = 4 * 2**20
+"""A line is refused by its size before it is parsed or tokenized, which takes hundreds of times the memory."""
 
 logger = get_logger(__name__)
 
@@ -99,8 +112,6 @@ def line_numbers(path: Path) -> list[int]:
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str], Parsed], needs: str) -> list[Parsed]:
     """What `parse` makes of each line's object and id."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of examples")
     problems = Problems()
     found: list[Parsed] = []
     first_line: dict[str, int] = {}
@@ -122,12 +133,34 @@ def _read(path: Path, parse: Callable[[dict[str, Any], str], Parsed], needs: str
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
-            if raw.strip():
-                yield number, raw
+    """Number (from 1) and bytes of the lines that are not blank; no more of one is read than may be used."""
+    if not path.is_file():
+        what = "is not a file, but must be one" if path.exists() else "no such file"
+        raise InputError(f"{path}: {what} of examples")
+    try:
+        with path.open("rb") as stream:
+            for number in count(1):
+                raw = stream.readline(MOST_LINE_BYTES + 1)
+                if not raw:
+                    return
+                if len(raw) > MOST_LINE_BYTES:
+                    raise InputError(
+                        f"{path}:{number}: more than {MOST_LINE_BYTES} bytes on one line, which is more than a million "
+                        "tokens; an example is one prompt and one response"
+                    )
+                if number == 1:
+                    _refuse_other_encodings(path, raw)
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+                if raw.strip():
+                    yield number, raw
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _refuse_other_encodings(path: Path, start: bytes) -> None:
+    found = next((name for mark, name in _OTHER_ENCODINGS.items() if start.startswith(mark)), None)
+    if found is not None:
+        raise InputError(f"{path}: is {found}, but must be plain JSON Lines in UTF-8")
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
@@ -140,6 +173,10 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise InputError("holds half of a surrogate pair (an escape such as \\ud800), which is no character") from error
     except json.JSONDecodeError as error:
+        if not raw.endswith(b"\n"):
+            raise InputError(
+                f"not valid JSON, and the file ends here without a line break: it seems to be cut off ({error.msg})"
+            ) from error
         raise InputError(f"not valid JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:
         raise InputError(f"not valid JSON: {error}") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.steps import steps_per_iteration
+from megatron_tspin.data.user_examples import line_numbers
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.selfplay.weights import count_parameters
@@ -68,8 +69,8 @@ def check_disk_space(config: Config) -> None:
     run_dir = Path(config.run_dir)
     try:
         parameters = count_parameters(Path(config.model.hf_checkpoint))
-        num_examples = _count_lines(Path(config.data.annotated))
-    except (InputError, OSError):
+        num_examples = len(line_numbers(Path(config.data.annotated)))
+    except InputError:
         return  # reported with the model and the examples
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
     available = shutil.disk_usage(existing).free + _written_bytes(run_dir)
@@ -82,12 +83,6 @@ def check_disk_space(config: Config) -> None:
         )
     if likely > available:
         logger.warning("%s about %d bytes with optimizer states, available are %d", numbers, likely, available)
-
-
-def _count_lines(path: Path) -> int:
-    """Lines with something in them: the examples, before any is dropped."""
-    with path.open("rb") as stream:
-        return sum(bool(line.strip()) for line in stream)
 
 
 def _written_bytes(run_dir: Path) -> int:

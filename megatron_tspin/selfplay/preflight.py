@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def preflight(config: Config) -> None:
         InputError: All that is wrong, one line each.
     """
     checks = (
+        _check_run_dir,
         _check_examples,
         _check_held_out,
         _check_model,
@@ -46,6 +48,23 @@ def _problems(check: Callable[[Config], None], config: Config) -> list[str]:
     except InputError as error:
         return str(error).splitlines()
     return []
+
+
+def _check_run_dir(config: Config) -> None:
+    """The run's folder is there or can be made, and can be written to."""
+    folder = Path(config.run_dir)
+    for place in (folder, *folder.parents):
+        if not os.path.lexists(place):
+            continue
+        if not place.exists():
+            raise InputError(f"{folder}: {place} is a link to nothing; name another --run-dir, or remove the link")
+        if not place.is_dir():
+            raise InputError(f"{folder}: {place} is a file, so the run has no folder there; name another --run-dir")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(
+                f"{folder}: {place} cannot be written to; name another --run-dir, or change its permissions"
+            )
+        return
 
 
 def _check_examples(config: Config) -> None:

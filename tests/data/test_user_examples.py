@@ -1,7 +1,9 @@
 """What people write is read alike by every command: lines, ids, errors, and which part of a conversation counts."""
 
+import gzip
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,14 @@ from hypothesis import strategies as st
 
 import megatron_tspin
 from megatron_tspin.data.annotated import Example, read_examples, write_examples
-from megatron_tspin.data.user_examples import TokenIds, line_numbers, read_annotated, read_prompts, read_scored
+from megatron_tspin.data.user_examples import (
+    MOST_LINE_BYTES,
+    TokenIds,
+    line_numbers,
+    read_annotated,
+    read_prompts,
+    read_scored,
+)
 from megatron_tspin.errors import InputError
 
 ROOT = Path(megatron_tspin.__file__).parents[1]
@@ -218,3 +227,45 @@ def test_the_driver_imports_neither_torch_nor_transformers() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"prompt": "x", "response": "' + b"a" * MOST_LINE_BYTES + b'"}\n',
+            ":1: more than 4194304 bytes on one line",
+        ),
+        (
+            b'{"prompt": "x", "response": "y"}\n{"prompt": "x", "resp',
+            ":2: not valid JSON, and the file ends here without",
+        ),
+        ('{"prompt": "x"}\n'.encode("utf-16"), ": is UTF-16, but must be plain JSON Lines in UTF-8"),
+        (gzip.compress(b"{}"), ": is compressed (gzip), but must be"),
+        (b"[\n{}\n]\n", ": is a JSON list, but must be"),
+        (
+            b'{"prompt": "x", "response": "y", "prompt": "z"}\n',
+            ":1: not valid JSON: the key `prompt` stands in one object",
+        ),
+    ],
+    ids=["long", "torn", "utf-16", "gzip", "list", "twice"],
+)
+def test_files_that_are_something_else(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_annotated(path)
+    assert f"{path}{message}" in str(caught.value)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in {
+        tmp_path: "is not a file",
+        tmp_path / "pipe": "is not a file",
+        tmp_path / "x": "no such",
+    }.items():
+        with pytest.raises(InputError, match=f"{path}: {message}"):
+            read_annotated(path)
+        with pytest.raises(InputError, match=f"{path}: {message}"):
+            line_numbers(path)

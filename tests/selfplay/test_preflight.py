@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -259,3 +260,19 @@ def test_a_row_has_to_hold_any_triplet_of_the_run(
     else:
         (line,) = refused(config)
         assert f"training.row_capacity = {capacity}" in line and "--tspin-row-capacity" in line
+
+
+def test_a_run_needs_a_folder(world: Path, config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world / "file").write_text("x")
+    (world / "link").symlink_to(world / "nowhere")
+    for name, message in {
+        "file": "file is a file, so the run has no folder there",
+        "file/run": "file is a file, so the run has no folder there",
+        "link": "link is a link to nothing",
+        "link/run": "link is a link to nothing",
+    }.items():
+        (line,) = refused(config_of(run_dir=str(world / name)))
+        assert message in line
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != world)
+    (line,) = refused(config_of(run_dir=str(world / "new" / "run")))
+    assert f"{world} cannot be written to" in line
