@@ -39,6 +39,10 @@ class StageError(TspinError):
     exit_code = EXIT_STAGE
 
 
+class LostRankError(StageError):
+    """Another rank hangs or is gone: the consequence of a failure, never its cause."""
+
+
 class ParityError(TspinError):
     """Two computations that must agree do not."""
 

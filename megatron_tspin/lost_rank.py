@@ -7,7 +7,7 @@ import re
 import traceback
 from pathlib import Path
 
-from megatron_tspin.errors import StageError
+from megatron_tspin.errors import LostRankError
 
 _PACKAGE = Path(__file__).parent
 _GROUPS = _PACKAGE / "parallel.py"  # who called it tells more
@@ -18,7 +18,7 @@ _SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # of the backend's source
 _WRAPPERS = ("wrapper", "wait")
 
 
-def explain(error: BaseException) -> StageError | None:
+def explain(error: BaseException) -> LostRankError | None:
     """What to tell a person about the failure of a collective; None if the error is of another kind.
 
     Args:
@@ -28,9 +28,11 @@ def explain(error: BaseException) -> StageError | None:
         return None
     reason = _SOURCE_LINE.sub("", str(error).strip().split("\n")[0]).split(". ")[0]
     if _TIMED_OUT.search(reason):
-        return StageError(f"waited too long for another rank in {_where(error)}: it hangs, or is far behind ({reason})")
+        return LostRankError(
+            f"waited too long for another rank in {_where(error)}: it hangs, or is far behind ({reason})"
+        )
     if _GONE.search(reason):
-        return StageError(f"lost another rank in {_where(error)}: what it says is the cause ({reason})")
+        return LostRankError(f"lost another rank in {_where(error)}: what it says is the cause ({reason})")
     return None
 
 

@@ -24,10 +24,10 @@ from megatron_tspin.cli import (
     train,
 )
 from megatron_tspin.cli.arguments import EXIT_CODES
-from megatron_tspin.errors import EXIT_FAILED, TspinError
+from megatron_tspin.errors import EXIT_FAILED, LostRankError, TspinError
 from megatron_tspin.log import get_logger, set_up_logging
 from megatron_tspin.selfplay.failure import Failure, record_failure
-from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
+from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, forget_launchers, refuse_other_drivers
 
 EXIT_INTERRUPTED = 130
 
@@ -53,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A rank that failed among others does not return but ends the process.
     """
     args = build_parser().parse_args(argv)
+    launched_as = forget_launchers() if getattr(args, "drives", False) else 0
     rank = int(os.environ.get("RANK", "0"))
     _set_up_log(rank)
     try:
+        refuse_other_drivers(launched_as)
         code: int = args.run(args)
     except TspinError as error:
-        if _tell_driver(rank, error.exit_code, str(error)):
+        if _tell_driver(Failure(rank, error.exit_code, str(error), isinstance(error, LostRankError))):
             _say(error, rank)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_INTERRUPTED
     except Exception as error:
         logger.exception("unexpected failure%s", f" of rank {rank}" if rank else "")
-        _tell_driver(rank, EXIT_FAILED, f"{type(error).__name__}: {error}")
+        _tell_driver(Failure(rank, EXIT_FAILED, f"{type(error).__name__}: {error}"))
         code = EXIT_FAILED
     if code:
         _end_if_among_ranks(code)
@@ -117,12 +119,12 @@ def _set_up_log(rank: int) -> None:
     logging.getLogger("megatron_tspin").addHandler(handler)
 
 
-def _tell_driver(rank: int, exit_code: int, message: str) -> bool:
+def _tell_driver(failure: Failure) -> bool:
     """Leaves the failure for the driver, if there is one; False when another rank already said the same."""
     log_file = os.environ.get(LOG_FILE_VARIABLE)
     if log_file is None:
         return True
-    return record_failure(Path(log_file), Failure(rank, exit_code, message))
+    return record_failure(Path(log_file), failure)
 
 
 def _say(error: TspinError, rank: int) -> None:

@@ -59,7 +59,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         default=["tspin", "spin", "sft"],
         help="objectives to run; the report is about the first [tspin spin sft]",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, drives=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = command_parser(subparsers, "run", "the whole run, from HF checkpoint to report", _DESCRIPTION)
     parser.add_argument("--dry-run", action="store_true", help="check the input, print every stage's command and stop")
     add_config(parser, required=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, drives=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import copy
 import importlib
 import importlib.util
 import math
+import os
 import signal
 import sys
 import threading
@@ -109,7 +110,7 @@ def score_answer(
         InputError: It failed, took longer, or returned something other than a number from 0 to 1; names the scorer and
             the example.
     """
-    name = getattr(scorer, "__name__", repr(scorer))
+    name, process = getattr(scorer, "__name__", repr(scorer)), os.getpid()
     try:
         with _time_limit(seconds), contextlib.redirect_stdout(sys.stderr):
             score = scorer(copy.deepcopy(dict(record)), text)
@@ -126,6 +127,8 @@ def score_answer(
             f"{place.filename}:{place.lineno}: the scorer `{name}` failed for example {example_id}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if os.getpid() != process:  # a child of a scorer that forks must not go on as a second rank
+        os._exit(0)
     number = _number(score)
     if number is None or not 0.0 <= number <= 1.0:
         raise InputError(
@@ -140,7 +143,7 @@ def _number(score: Any) -> float | None:
         return None
     try:
         return float(score)
-    except (TypeError, ValueError):
+    except Exception:  # whatever its __float__ raises; OverflowError of a huge whole number
         return None
 
 

@@ -121,10 +121,17 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> Non
     inputs = markers.digests(stage.inputs, run_dir)
     started, start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     logger.info("stage %s: %s", stage.name, launch.shown(command))
-    code = launch.run_process(command, launch.environment(config, log_file), lock)
+    try:
+        code = launch.run_process(command, launch.environment(config, log_file), lock)
+    except BaseException as error:
+        _write_outcome(log_file, f"ended by the driver ({type(error).__name__})")
+        raise
     seconds = time.monotonic() - start
     if code != EXIT_OK:
-        raise _stage_error(stage, code, seconds, log_file)
+        failed = _stage_error(stage, code, seconds, log_file)
+        _write_outcome(log_file, str(failed))
+        raise failed
+    _write_outcome(log_file, f"stage {stage.name}: done in {seconds:.0f} s")
     if missing := markers.missing_outputs(stage, run_dir):
         raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
     if markers.digests(stage.inputs, run_dir) != inputs:
@@ -146,11 +153,27 @@ def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> Sta
     return error
 
 
+def _write_outcome(log_file: Path, outcome: str) -> None:
+    """The stage's log ends with how it ended, also where its ranks could not say so any more."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        with log_file.open("a", encoding="utf-8") as stream:
+            stream.writelines(f"{now} driver: {line.strip()}\n" for line in outcome.splitlines())
+    except OSError as error:
+        logger.warning("%s: %s; its last line would be: %s", log_file, error.strerror, outcome)
+
+
+_CAUSES = {
+    "SIGKILL": " (out of memory?)",
+    "SIGBUS": " (was a mapped file cut short, or is /dev/shm or the disk full?)",
+}
+
+
 def _reason(code: int) -> str:
     if code <= 128 or code - 128 not in signal.valid_signals():
         return f"exit code {code}"
     name = signal.Signals(code - 128).name
-    return f"signal {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"signal {name}{_CAUSES.get(name, '')}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay.plan import Stage
 
 LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
@@ -20,6 +21,7 @@ _LAUNCHER_VARIABLES = frozenset({
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GTIDS", "SLURM_STEP_ID", "SLURM_STEPID",
 })  # fmt: skip
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_ASYNC_", "PET_", "OMPI_", "PMI_", "PMIX_", "PMI2_", "MV2_", "HYDRA_")
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -81,6 +83,30 @@ def environment_without_launchers() -> dict[str, str]:
     search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     kept = {name: value for name, value in os.environ.items() if not _is_of_a_launcher(name)}
     return {**kept, "PYTHONPATH": os.pathsep.join(search_path), "PYTHONSAFEPATH": "1"}
+
+
+def forget_launchers() -> int:
+    """For a driver: drops what a launcher around it has set, and says as which of its processes it was started.
+
+    Everything of ours that asks for a rank would take the launcher's for its own, and be silent on all but the first.
+    """
+    numbers = [os.environ.get(name, "") for name in _RANK_VARIABLES]
+    for name in [*filter(_is_of_a_launcher, os.environ), LOG_FILE_VARIABLE]:
+        os.environ.pop(name, None)
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def refuse_other_drivers(launched_as: int) -> None:
+    """A run has one driver, which starts the ranks itself.
+
+    Raises:
+        InputError: A launcher started several, and this is not the first.
+    """
+    if launched_as > 0:
+        raise InputError(
+            f"a launcher (torchrun, srun, mpirun) started this command as its process {launched_as}; start it once, "
+            "without the launcher: it starts the ranks of its stages itself"
+        )
 
 
 def _is_of_a_launcher(name: str) -> bool:

@@ -3,7 +3,10 @@
 A scorer may print, fork, hang, crash or end its process; none of that may reach the driver, which imports none of it.
 """
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,26 +31,41 @@ def try_scorer(config: Config) -> None:
         return
     seconds = config.evaluation.scorer_seconds
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
+        answer, said = Path(folder) / "answer.json", Path(folder) / "said.txt"
         command = [sys.executable, "-m", "megatron_tspin.generation.scorer_trial", scorer, held_out, str(seconds)]
-        try:
-            done = subprocess.run(
-                [*command, str(answer)],
-                env=environment_without_launchers(),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_LOADING_SECONDS + seconds,
+        code = _run([*command, str(answer)], said, _LOADING_SECONDS + seconds)
+        if code is None:
+            raise InputError(
+                f"evaluation.scorer = {scorer!r}: did not load and judge one example within "
+                f"{_LOADING_SECONDS + seconds:.0f} s"
             )
-        except subprocess.TimeoutExpired as error:
-            raise InputError(
-                f"evaluation.scorer = {scorer!r}: did not load and judge one example within {error.timeout:.0f} s"
-            ) from error
         if not answer.is_file():
-            said = done.stderr.decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+            last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_SHOWN_LINES:]
             raise InputError(
-                f"evaluation.scorer = {scorer!r}: ended its process (exit code {done.returncode}) when tried on one "
-                f"example{': ' if said else ''}{' | '.join(said)}"
+                f"evaluation.scorer = {scorer!r}: ended its process (exit code {code}) when tried on one example"
+                f"{': ' if last else ''}{' | '.join(last)}"
             )
         problem = json.loads(answer.read_text(encoding="utf-8"))
     if problem is not None:
         raise InputError(problem)
+
+
+def _run(command: list[str], said: Path, seconds: float) -> int | None:
+    """Exit code of a command with all that it started; None if it took longer. Its output goes to a file."""
+    with said.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            env=environment_without_launchers(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # also whom it has left behind
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

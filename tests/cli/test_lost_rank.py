@@ -54,7 +54,12 @@ def test_the_first_failure_is_told_and_ends_the_peers(
         deadline = time.monotonic() + START_SECONDS
         while not failure.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert json.loads(failure.read_text()) == {"rank": 1, "exit_code": code, "message": message}
+        assert json.loads(failure.read_text()) == {
+            "rank": 1,
+            "exit_code": code,
+            "message": message,
+            "consequence": False,
+        }
         deadline = time.monotonic() + END_SECONDS
         errors = [rank.communicate(timeout=max(0.1, deadline - time.monotonic()))[1] for rank in ranks]
     finally:

@@ -346,7 +346,7 @@ def test_a_stage_of_a_run_keeps_log_traceback_and_failure(
     assert main(["tokenize", "--config", run_yaml]) == 1
     assert "Traceback" in log_file.read_text() and "boom" in log_file.read_text()
     failure = json.loads((world / "tokenize.failure.json").read_text())
-    assert failure == {"rank": 0, "exit_code": 1, "message": "RuntimeError: boom"}
+    assert failure == {"rank": 0, "exit_code": 1, "message": "RuntimeError: boom", "consequence": False}
     (world / "tokenize.failure.json").unlink()
     calls.error = InputError("line 3")
     capsys.readouterr()
@@ -457,3 +457,15 @@ def test_tools_are_their_commands(script: str, command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"usage: tspin {command} " in done.stdout
+
+
+def test_a_driver_forgets_the_launcher_around_it(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_file = world / "x.log"
+    for rank, said in (("1", "started this command as its process 1; start it once"), ("0", "`model` is missing")):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "TSPIN_LOG_FILE": str(log_file)}.items():
+            monkeypatch.setenv(name, value)
+        assert main(["run", "--run-dir", str(world / "run")]) == 2
+        assert said in capsys.readouterr().err
+        assert not {"RANK", "WORLD_SIZE", "TSPIN_LOG_FILE"} & set(os.environ) and not log_file.exists()

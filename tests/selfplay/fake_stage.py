@@ -14,6 +14,8 @@ def main() -> int:
         stream.write(f"{name} {os.getpid()}\n")
     if behaviour == "hang":
         time.sleep(600)
+    if behaviour.startswith("kill"):
+        os.kill(os.getpid(), int(behaviour.removeprefix("kill")))
     if behaviour.startswith("fail"):
         return int(behaviour.removeprefix("fail"))
     if behaviour.startswith("refuse"):

@@ -321,3 +321,24 @@ def test_a_stage_by_hand_keeps_to_the_settings_of_the_run(fake: FakeRun, monkeyp
     config = load_config(fake.run_dir / "run.yaml", {"optimizer.lr": 1e-3})
     with pytest.raises(InputError, match=r"optimizer.lr: 5e-07 in the run, 0.001 now"), only_writer(config):
         pass
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "last"),
+    [
+        ("", "driver: stage tokenize: done in "),
+        ("fail1", "the same command continues the run from here"),
+        ("kill9", "the same command continues the run from here"),
+    ],
+)
+def test_a_log_ends_with_how_the_stage_ended(behaviour: str, last: str, fake: FakeRun) -> None:
+    fake.behave(tokenize=behaviour)
+    if behaviour:
+        with pytest.raises(StageError):
+            fake.go()
+    else:
+        fake.go()
+    lines = (fake.run_dir / "logs" / "tokenize.log").read_text().splitlines()
+    assert last in lines[-1]
+    if behaviour == "kill9":
+        assert any("with signal SIGKILL (out of memory?)" in line for line in lines)

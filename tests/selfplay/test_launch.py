@@ -1,12 +1,13 @@
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_tspin.config import Config
 from megatron_tspin.selfplay import launch
-from megatron_tspin.selfplay.failure import Failure, clear_failure, read_failure, record_failure
+from megatron_tspin.selfplay.failure import Failure, clear_failure, failure_file, read_failure, record_failure
 from megatron_tspin.selfplay.plan import plan
 
 
@@ -59,6 +60,27 @@ def test_commands_are_shown_short(
     assert launch.shown(launch.command(several)) == (
         f"torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_tspin {words}"
     )
+
+
+def test_a_rank_that_lost_another_one_does_not_hide_its_reason(tmp_path: Path) -> None:
+    log_file = tmp_path / "x.log"
+    lost = Failure(0, 3, "lost another rank", consequence=True)
+    assert record_failure(log_file, lost) and read_failure(log_file) == lost
+    cause = Failure(1, 2, "a.jsonl:3: bad line")
+    assert record_failure(log_file, cause) and read_failure(log_file) == cause
+    assert not record_failure(log_file, replace(lost, rank=2))
+    assert read_failure(log_file) == cause
+    clear_failure(log_file)
+    assert read_failure(log_file) is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_file = tmp_path / "absent" / "x.log"
+    assert record_failure(log_file, Failure(0, 2, "the reason"))
+    assert "x.failure.json cannot be written (No such file or directory)" in capsys.readouterr().err
+    log_file.parent.mkdir()
+    failure_file(log_file).write_text('{"rank": 0, "exi')  # torn by a full disk
+    assert read_failure(log_file) is None
 
 
 def test_a_launcher_around_the_driver_is_not_taken_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

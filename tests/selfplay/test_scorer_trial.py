@@ -1,5 +1,6 @@
 """A scorer is tried on one example before any stage starts, and nothing that it does reaches the driver."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def test_modules_beside_it_are_found_and_pythons_own_stay(world: Path, config_of
     try_scorer(config_of())
 
 
+def test_a_scorer_that_forks_comes_back_once(world: Path, config_of: Callable[..., Config]) -> None:
+    written(
+        world,
+        "import os, time",
+        "def score(record, response):",
+        "    if os.fork() == 0:",  # and goes on, as a library's worker may
+        "        return 2.0",
+        "    os.wait()",
+        "    if os.fork() == 0:",
+        "        time.sleep(60)",  # left behind, with the output open
+        "    return 1.0",
+    )
+    started = time.monotonic()
+    try_scorer(config_of())
+    assert time.monotonic() - started < 50
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -40,9 +58,10 @@ def test_modules_beside_it_are_found_and_pythons_own_stay(world: Path, config_of
         (["def score(r, t):", "    return r['gold']"], "{file}:2: the scorer `score` failed for example 1: KeyError"),
         (["import os", "def score(r, t):", "    os._exit(7)"], "ended its process (exit code 7) when tried on one"),
         (["def score(r, t):", "    while True: pass"], "the scorer `score` took more than 0.5 s for example 1"),
+        (["def score(r, t): return 10 ** 400"], "the scorer `score` returned 1000"),
         (["def score(r, t): return None"], "the scorer `score` returned None for example 1; it must return a number"),
     ],
-    ids=["import", "exit", "error", "gone", "slow", "none"],
+    ids=["import", "exit", "error", "gone", "slow", "huge", "none"],
 )  # fmt: skip
 def test_what_is_wrong_is_named(lines: list[str], message: str, world: Path, config_of: Callable[..., Config]) -> None:
     written(world, *lines)
