@@ -53,9 +53,10 @@ def only_writer(config: Config) -> Iterator[None]:
     if LOG_FILE_VARIABLE in os.environ or os.environ.get("RANK", "0") != "0":
         yield
     else:
-        with run_lock(Path(config.run_dir)):
+        with run_lock(Path(config.run_dir)) as lock:
             check_same_config(with_absolute_paths(config, Path.cwd()))
             yield
+            lock.check()
 
 
 def torchrun_command(world_size: int) -> str:

@@ -15,7 +15,7 @@ from megatron_tspin.log import get_logger
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.selfplay import launch, markers
 from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failure
-from megatron_tspin.selfplay.lock import run_lock
+from megatron_tspin.selfplay.lock import RunLock, run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.retention import release_policies
@@ -99,7 +99,7 @@ def _show(config: Config, command: launch.Command) -> None:
         sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(command(stage))}\n")
 
 
-def _bring_about(stage: Stage, config: Config, command: list[str], lock: int) -> None:
+def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock) -> None:
     """Runs a stage unless it is done."""
     run_dir = Path(config.run_dir)
     if markers.is_done(stage, run_dir):
@@ -113,7 +113,7 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: int) ->
     _execute(stage, config, command, lock)
 
 
-def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> None:
+def _execute(stage: Stage, config: Config, command: list[str], lock: RunLock) -> None:
     run_dir = Path(config.run_dir)
     log_file = RunFolder(run_dir).log(stage.name)
     log_file.parent.mkdir(exist_ok=True)
@@ -136,6 +136,7 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: int) -> Non
         raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
     if markers.digests(stage.inputs, run_dir) != inputs:
         raise StageError(f"stage {stage.name}: a file it reads was changed while it ran; run the same command again")
+    lock.check()
     markers.write_marker(stage, config, command, inputs, started, seconds)
     logger.info("stage %s: done in %.0f s", stage.name, seconds)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
+from megatron_tspin.selfplay.lock import RunLock
 from megatron_tspin.selfplay.plan import Stage
 
 LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
@@ -23,6 +24,7 @@ _LAUNCHER_VARIABLES = frozenset({
 })  # fmt: skip
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_ASYNC_", "PET_", "OMPI_", "PMI_", "PMIX_", "PMI2_", "MV2_", "HYDRA_")
+_LOOK_SECONDS = 5.0
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -113,16 +115,16 @@ def _is_of_a_launcher(name: str) -> bool:
     return name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)
 
 
-def run_process(argv: list[str], env: dict[str, str], lock: int) -> int:
+def run_process(argv: list[str], env: dict[str, str], lock: RunLock) -> int:
     """Runs a stage to its end. Its stderr is the terminal's, so that progress bars work.
 
-    Whatever ends the wait (Ctrl-C, SIGTERM turned into an exception) ends the stage first. If this process dies without
-    a chance to do that, the kernel ends the stage.
+    Whatever ends the wait (Ctrl-C, SIGTERM turned into an exception, a lock that was taken away) ends the stage first.
+    If this process dies without a chance to do that, the kernel ends the stage.
 
     Args:
         argv: Command line.
         env: Environment.
-        lock: Descriptor of the run's lock, which the stage inherits.
+        lock: The run's, which the stage inherits; looked at and renewed while it runs.
 
     Returns:
         The exit code; 128 + the signal's number when a signal ended it.
@@ -130,14 +132,23 @@ def run_process(argv: list[str], env: dict[str, str], lock: int) -> int:
     last_wish = signal.SIGTERM if "torch.distributed.run" in argv else signal.SIGKILL
     # A session of its own: Ctrl-C reaches the driver alone, which then ends the stage in order.
     child = subprocess.Popen(
-        argv, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent(last_wish)
+        argv, env=env, pass_fds=(lock.descriptor,), start_new_session=True, preexec_fn=_die_with_parent(last_wish)
     )
     try:
-        code = child.wait()
+        code = _wait(child, lock)
     except BaseException:
         stop(child)
         raise
     return 128 - code if code < 0 else code
+
+
+def _wait(child: "subprocess.Popen[bytes]", lock: RunLock) -> int:
+    while True:
+        try:
+            return child.wait(_LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            lock.check()
+            lock.renew()
 
 
 def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECONDS) -> None:

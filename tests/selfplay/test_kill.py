@@ -131,8 +131,8 @@ def test_a_second_driver_is_refused_by_name(fake: FakeRun, drive: Callable[[], "
 
 def test_a_stage_that_outlives_its_driver_keeps_the_run(tmp_path: Path) -> None:
     with run_lock(tmp_path) as lock:
-        code = f"import fcntl, time; fcntl.flock({lock}, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
-        orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock,), stdout=subprocess.PIPE)
+        code = f"import fcntl, time; fcntl.flock({lock.descriptor}, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+        orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock.descriptor,), stdout=subprocess.PIPE)
         assert orphan.stdout is not None
         orphan.stdout.readline()
     try:
