@@ -39,6 +39,10 @@ class StageError(TspinError):
     exit_code = EXIT_STAGE
 
 
+class DiskFullError(StageError):
+    """A file could not be written because the disk, a quota or a limit is used up."""
+
+
 class LostRankError(StageError):
     """Another rank hangs or is gone: the consequence of a failure, never its cause."""
 

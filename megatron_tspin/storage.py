@@ -1,17 +1,25 @@
 """Files that are whole or absent: write under a temporary name, flush, rename."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.errors import ArtifactError, DiskFullError, InputError
 
 _TEMPORARY_SUFFIX = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "unexpected pos",
+)  # the last: torch's
 
 
 def fsync_path(path: Path) -> None:
@@ -24,27 +32,69 @@ def fsync_path(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write to; it takes the name `path` only if the block succeeds.
 
-    The temporary may become a file or a folder. What an interrupted writer left under its name is overwritten.
+    The temporary may become a file or a folder. What an interrupted writer left under its name is overwritten; where
+    the block fails, what it wrote is removed.
+
+    Args:
+        path: The name.
+        needed: Bytes that will be written, for an error message.
+
+    Raises:
+        DiskFullError: The disk, a quota or a limit is used up.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    yield temporary
-    inside = [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]
-    for entry in inside:
-        fsync_path(entry)
-    os.replace(temporary, path)
-    fsync_path(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        yield temporary
+        inside = [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]
+        for entry in inside:
+            fsync_path(entry)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except BaseException as error:
+        _remove(temporary)
+        if is_full(error):
+            raise DiskFullError(explain_full(path, error, needed)) from error
+        raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether something could not be written for want of space; libraries say so in texts of their own."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    text = str(error)
+    return isinstance(error, Exception) and any(words in text for words in _FULL_TEXTS)
+
+
+def explain_full(path: Path, error: BaseException, needed: int | None = None) -> str:
+    """One line about a disk that is full: which file, why, bytes needed and free."""
+    existing = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[0]
+    needs = f"it needs {needed} bytes, " if needed is not None else ""
+    return (
+        f"{path}: cannot be written: {reason}; {needs}{shutil.disk_usage(existing).free} are free on its disk; free "
+        "some space, or raise the quota, and run the same command again"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode("utf-8")
+    with atomic_path(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

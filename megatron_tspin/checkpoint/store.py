@@ -38,12 +38,12 @@ from megatron_tspin.checkpoint.optimizer_state import (
 from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_metadata
 from megatron_tspin.checkpoint.shards import bare_policies, by_place, sharded_parameters, whole_shards
 from megatron_tspin.checkpoint.verification import verify_together
-from megatron_tspin.errors import ArtifactError, InputError, StageError
+from megatron_tspin.errors import ArtifactError, DiskFullError, InputError, StageError
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
-from megatron_tspin.storage import fsync_path
+from megatron_tspin.storage import explain_full, fsync_path, is_full
 
 
 @torch.no_grad()
@@ -86,6 +86,9 @@ def save_checkpoint(
     try:
         dist_checkpointing.save(tensors, str(temporary), sharded_strategy=InProcessSave())
     except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values() if is_full(cause)]
+        if causes:
+            raise DiskFullError(explain_full(folder, causes[0], _bytes_of(tensors))) from error
         raise StageError(f"{temporary}: cannot be written: {_reason(error)}") from error
     dist.barrier()
     files = _all_files(temporary, topology)
@@ -97,6 +100,12 @@ def save_checkpoint(
         os.replace(temporary, folder)
         fsync_path(folder.parent)
     dist.barrier()
+
+
+def _bytes_of(tensors: Mapping[str, Any]) -> int:
+    """Bytes of this rank's parts of the tensors."""
+    parts = [part.data for part in tensors.values() if isinstance(getattr(part, "data", None), torch.Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tspin import __version__
@@ -24,10 +25,11 @@ from megatron_tspin.cli import (
     train,
 )
 from megatron_tspin.cli.arguments import EXIT_CODES
-from megatron_tspin.errors import EXIT_FAILED, LostRankError, TspinError
+from megatron_tspin.errors import EXIT_FAILED, DiskFullError, LostRankError, TspinError
 from megatron_tspin.log import get_logger, set_up_logging
 from megatron_tspin.selfplay.failure import Failure, record_failure
 from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, forget_launchers, refuse_other_drivers
+from megatron_tspin.storage import explain_full, is_full
 
 EXIT_INTERRUPTED = 130
 
@@ -63,16 +65,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _tell_driver(Failure(rank, error.exit_code, str(error), isinstance(error, LostRankError))):
             _say(error, rank)
         code = error.exit_code
+    except OSError as error:
+        code = _full_or_unexpected(error, rank)
     except KeyboardInterrupt:
         sys.stderr.write("tspin: interrupted; the same command continues\n")
         code = EXIT_INTERRUPTED
     except Exception as error:
-        logger.exception("unexpected failure%s", f" of rank {rank}" if rank else "")
-        _tell_driver(Failure(rank, EXIT_FAILED, f"{type(error).__name__}: {error}"))
-        code = EXIT_FAILED
+        code = _unexpected(error, rank)
     if code:
         _end_if_among_ranks(code)
     return code
+
+
+def _unexpected(error: Exception, rank: int) -> int:
+    logger.exception("unexpected failure%s", f" of rank {rank}" if rank else "")
+    _tell_driver(Failure(rank, EXIT_FAILED, f"{type(error).__name__}: {error}"))
+    return EXIT_FAILED
+
+
+def _full_or_unexpected(error: OSError, rank: int) -> int:
+    """A full disk may meet any file: those that are written line by line say it here."""
+    if not is_full(error):
+        return _unexpected(error, rank)
+    full = DiskFullError(explain_full(Path(error.filename or os.environ.get(LOG_FILE_VARIABLE, "a file")), error))
+    _tell_driver(Failure(rank, full.exit_code, str(full)))
+    _say(full, rank)
+    return full.exit_code
 
 
 def _end_if_among_ranks(code: int) -> None:
@@ -134,5 +152,5 @@ def _say(error: TspinError, rank: int) -> None:
     sys.stderr.writelines(lines)
     log_file = os.environ.get(LOG_FILE_VARIABLE)
     if log_file is not None:
-        with open(log_file, "a", encoding="utf-8") as stream:
+        with suppress(OSError), open(log_file, "a", encoding="utf-8") as stream:  # stderr has it
             stream.writelines(lines)
