@@ -17,7 +17,19 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
+
+
+class _NamelessWriter(FileSystemWriter):
+    """Leaves out of the metadata where it was written, and torch's random id of each save.
+
+    So the same policy gives the same bytes, and a checkpoint made again has the digest that others were made from.
+    """
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing."""
+        return StorageMeta()
 
 
 # megatron-core ships no types, so to mypy its classes are Any, and strict mypy refuses to subclass that.
@@ -33,6 +45,6 @@ class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         tensors, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         save(
             mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
+            storage_writer=_NamelessWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )

@@ -280,22 +280,20 @@ def fail_to_write(hf: Path, folder: Path, parallel: ParallelSection) -> None:
     """A disk that is full for rank 1."""
     import errno
 
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
     from megatron_tspin.checkpoint import in_process_save
 
-    class FullDisk(FileSystemWriter):
+    class FullDisk(in_process_save._NamelessWriter):
         def write_data(self, *args: Any) -> Any:
             if os.environ["RANK"] == "1":
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder))
             return super().write_data(*args)
 
-    original = in_process_save.FileSystemWriter
-    in_process_save.FileSystemWriter = FullDisk
+    original = in_process_save._NamelessWriter
+    in_process_save._NamelessWriter = FullDisk
     try:
         save_plain(hf, folder, parallel, {})
     finally:
-        in_process_save.FileSystemWriter = original
+        in_process_save._NamelessWriter = original
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(ranks, tiny_checkpoint, checkpoints):
@@ -304,3 +302,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(ranks, tiny_checkpoint, check
     ):
         ranks(2).run(fail_to_write, tiny_checkpoint("tied"), checkpoints / "step_00000010", layout(tp=2))
     assert verify_checkpoint(checkpoints / "step_00000010")["state"] == {"step": 10}
+
+
+def test_a_checkpoint_that_is_made_again_has_the_same_bytes(ranks, tiny_checkpoint, tmp_path):
+    from tests.training.rescored import save_policy
+
+    for name in ("here", "elsewhere/again"):
+        ranks(1).run(save_policy, tiny_checkpoint("tied"), tmp_path / name)
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "elsewhere/again")
+    )
+    assert first == second and str(tmp_path).encode() not in first[".metadata"]
