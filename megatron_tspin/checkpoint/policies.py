@@ -43,8 +43,8 @@ def policy_checkpoint(folder: RunFolder, policy: int, topology: Topology) -> Pat
     found = newest_whole(checkpoints, topology)
     if found is None:
         raise ArtifactError(
-            f"{checkpoints}: no whole checkpoint; unless the run released it (--tspin-keep-policies), `tspin run` with "
-            "the same config makes it again"
+            f"{checkpoints}: no whole checkpoint; unless the run released it (--tspin-keep-policies), "
+            "`tspin run --repair` with the same config makes it again"
         )
     return found
 

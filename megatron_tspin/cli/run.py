@@ -28,13 +28,19 @@ def add_parser(subparsers: "Subparsers") -> None:
     """Adds the command."""
     parser = command_parser(subparsers, "run", "the whole run, from HF checkpoint to report", _DESCRIPTION)
     parser.add_argument("--dry-run", action="store_true", help="check the input, print every stage's command and stop")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="make again what of finished stages is damaged; with --dry-run only say it",
+    )
     add_config(parser, required=False)
     parser.set_defaults(run=run, drives=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    return driver.run(config_of(args), dry_run=args.dry_run, on_iteration=show_iterations)
+    config = config_of(args)
+    return driver.run(config, dry_run=args.dry_run, on_iteration=show_iterations, repair=args.repair)
 
 
 def show_iterations(run_dir: Path) -> None:

@@ -26,7 +26,7 @@ _SIDECAR_VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _LARGEST_UINT16_VOCABULARY = 1 << 16
-_REMEDY = "delete the files of this stem and run the stage that wrote them again"
+_REMEDY = "let `tspin run --repair` make it again, or delete the files of this stem and run the stage that wrote them"
 
 
 class Sidecar(Record):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_tspin.config import Config
-from megatron_tspin.errors import EXIT_OK, EXIT_STAGE, StageError
+from megatron_tspin.errors import EXIT_INPUT, EXIT_OK, EXIT_STAGE, StageError
 from megatron_tspin.log import get_logger
 from megatron_tspin.run_folder import RunFolder
 from megatron_tspin.selfplay import launch, markers
@@ -18,6 +18,7 @@ from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failu
 from megatron_tspin.selfplay.lock import RunLock, run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
+from megatron_tspin.selfplay.repair import damaged_stages, is_of_the_run, remove, remove_damage
 from megatron_tspin.selfplay.retention import release_policies
 from megatron_tspin.selfplay.run_config import (
     added_iterations,
@@ -43,6 +44,7 @@ def run(
     on_iteration: Callable[[Path], None] = lambda run_dir: None,
     command: launch.Command = launch.command,
     check: Callable[[Config], None] = check_before,
+    repair: bool = False,
 ) -> int:
     """Runs every stage that is not done yet.
 
@@ -52,6 +54,7 @@ def run(
         on_iteration: Called with the run directory after each rollout stage.
         command: Command line of a stage.
         check: Refuses what cannot work before anything starts.
+        repair: Make again what of finished stages is damaged, instead of refusing to go on; what is whole is kept.
 
     Returns:
         The exit code 0.
@@ -66,14 +69,18 @@ def run(
     check_same_config(config)
     check(config)
     if dry_run:
+        for name, paths in (damaged_stages(config) if repair else {}).items():
+            sys.stdout.write(f"{name:<12} damaged  {', '.join(map(str, paths))}\n")
         _show(config, command)
         return EXIT_OK
     with _orderly_end(), run_lock(run_dir) as lock:
         for stage in _reopened(config):
             markers.marker_file(run_dir, stage).unlink(missing_ok=True)
+        if repair:
+            remove_damage(config)
         write_config(config)
         for stage in plan(config):
-            _bring_about(stage, config, command(stage), lock)
+            _bring_about(stage, config, command(stage), lock, repair)
             if stage.name.startswith("rollout"):
                 release_policies(config, latest=int(stage.name.removeprefix("rollout_")))
                 on_iteration(run_dir)
@@ -99,7 +106,7 @@ def _show(config: Config, command: launch.Command) -> None:
         sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(command(stage))}\n")
 
 
-def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock) -> None:
+def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock, repair: bool) -> None:
     """Runs a stage unless it is done."""
     run_dir = Path(config.run_dir)
     if markers.is_done(stage, run_dir):
@@ -108,7 +115,10 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock
             logger.info("stage %s: done before", stage.name)
             return
         if not stage.disposable:
-            raise markers.refusal(stage, run_dir, changed)
+            if not (repair and is_of_the_run(changed)):
+                raise markers.refusal(stage, run_dir, changed)
+            for path in stage.outputs:  # made from what is another file now
+                remove(path)
         logger.info("stage %s: again, because %s", stage.name, "; ".join(changed))
     _execute(stage, config, command, lock)
 
@@ -148,7 +158,10 @@ def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> Sta
     lines = [f"stage {stage.name} failed after {seconds:.0f} s with {_reason(code)}"]
     if failure is not None:
         lines += [f"  {line}" for line in failure.message.splitlines()]
-    lines.append(f"  its log: {log_file}; what was done is kept, the same command continues the run from here")
+    ending = "the same command continues the run from here"
+    if code == EXIT_INPUT:
+        ending = f"once this is mended, {ending}; --repair makes damaged files of the run again"
+    lines.append(f"  its log: {log_file}; what was done is kept, {ending}")
     error = StageError("\n".join(lines))
     error.exit_code = code if handed_on(code) else EXIT_STAGE
     return error

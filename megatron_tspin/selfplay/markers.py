@@ -36,7 +36,7 @@ _PACKAGES = (
 )
 _POLICY_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 
-_RESULT_SETTINGS = "run.yaml (settings that affect results)"
+RESULT_SETTINGS = "run.yaml (settings that affect results)"
 _FIELDS = {"config", "execution", "inputs", "outputs", "released"}
 
 Digests = dict[str, str | None]
@@ -191,10 +191,10 @@ def differences(stage: Stage, config: Config) -> list[str]:
         for name in {*recorded, *current}
         if not any(run_dir.joinpath(name).is_relative_to(each) for each in released)
     ]
-    recorded[_RESULT_SETTINGS], current[_RESULT_SETTINGS] = marker["config"], result_digest(config)
+    recorded[RESULT_SETTINGS], current[RESULT_SETTINGS] = marker["config"], result_digest(config)
     return [
         f"{name}: SHA-256 was {_shown(recorded.get(name))} when the stage ended, is {_shown(current.get(name))} now"
-        for name in sorted([*names, _RESULT_SETTINGS])
+        for name in sorted([*names, RESULT_SETTINGS])
         if recorded.get(name) != current.get(name)
     ]
 
@@ -208,6 +208,7 @@ def refusal(stage: Stage, run_dir: Path, changed: list[str]) -> InputError:
     lines = [f"{run_dir}: stage {stage.name} is done, but a file it read or wrote has changed:"]
     lines += [f"  {line}" for line in changed]
     lines.append(
-        "  what came after was made from the old file; put that one back, or start again with another --run-dir"
+        "  what came after was made from the old file; put that one back, let `tspin run --repair` make a damaged file "
+        "of the run again, or start again with another --run-dir"
     )
     return InputError("\n".join(lines))
