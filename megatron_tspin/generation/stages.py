@@ -57,7 +57,7 @@ def rollout_run(config: Config, iteration: int) -> None:
         return
     with _player(config, None, iteration) as player:
         if evaluates:
-            _evaluate(config, player, iteration, of_run(folder.data), folder.evaluation(iteration))
+            _evaluate(config, player, iteration, of_run(folder.data), folder.evaluation(iteration), keep=True)
         if "proto" in wanted and iteration == 0:
             _answer_training_prompts(player, folder, "proto", "proto", folder.proto, folder.data)
         if "synthetic" in wanted:
@@ -110,12 +110,12 @@ def _passed_over(responses: Sequence[Response], tokenizer: Tokenizer) -> str | N
     return tokenizer.token_text(found[0][0]) if found and 2 * found[0][1] > len(endless) else None
 
 
-def _evaluate(config: Config, player: Player, policy: int, held_out: HeldOut, output: Path) -> None:
-    """Writes the results, unless the same ones are there."""
+def _evaluate(config: Config, player: Player, policy: int, held_out: HeldOut, output: Path, keep: bool = False) -> None:
+    """Writes the results; `keep` leaves the same ones, from exactly the same, as they are."""
     topology = player.topology
     refuse_stale_facts("the held-out examples", {"sha256": held_out.fingerprint()}, topology)
     wanted = on_first_rank(lambda: decides(config, player, held_out), topology)
-    if on_first_rank(lambda: _is_of(output, wanted), topology):
+    if keep and on_first_rank(lambda: _is_of(output, wanted), topology):
         return
     found = evaluate_policy(config, player, policy, held_out, output)
     evaluation = found.model_copy(update={"made_from": wanted})

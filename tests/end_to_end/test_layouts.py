@@ -132,8 +132,10 @@ def test_evaluate_by_hand(base_run: Path, runs: Runs, tmp_path: Path) -> None:
     fewer.write_text("".join((runs.folder / "held_out.jsonl").open().readlines()[:3]))
     again = tspin("evaluate", *arguments, "--held-out", fewer)
     assert again.returncode == 2 and f"{output}: exists already" in again.stderr
-    succeed("evaluate", *arguments, "--held-out", fewer, "--overwrite")
-    assert json.loads(output.read_text())["sampled"]["num_prompts"] == 3
+    other = (*arguments[:-3], 2, *arguments[-2:])  # the same policy, as if after two iterations
+    succeed("evaluate", *other, "--held-out", fewer, "--overwrite")
+    found = evaluation(output)
+    assert found.sampled is not None and (found.iteration, found.sampled.num_prompts) == (2, 3)
 
 
 def test_convert_and_export_by_hand(base_run: Path, tmp_path: Path) -> None:
