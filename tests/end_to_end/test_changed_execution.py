@@ -58,9 +58,9 @@ def test_a_run_is_continued_in_another_way(runs: Runs, base_run: Path, tmp_path:
 def check_same_answers(run_dir: Path, base_run: Path) -> None:
     for patterns in (("*.bin", "*.idx"), ("train.jsonl", "held_out.jsonl")):
         assert sha256_of(run_dir, *patterns) == sha256_of(base_run, *patterns)
-    shards = sorted(path.name for path in (run_dir / "iteration_000/synthetic").glob("shard_*"))
+    shards = sorted(path.name for path in (run_dir / "iteration_000/synthetic").glob("shard_*.jsonl"))
     assert shards == [f"shard_{number:05d}.jsonl" for number in range(4)], "of 8, as it was begun"
-    assert len(list((run_dir / "evaluation/policy_001/greedy").glob("shard_*"))) == 4, "of 5"
+    assert len(list((run_dir / "evaluation/policy_001/greedy").glob("shard_*.jsonl"))) == 4, "of 5"
 
 
 def check_same_training(run_dir: Path, base_run: Path) -> None:

@@ -13,9 +13,10 @@ from megatron_tspin.data.annotated import Example, write_examples
 from megatron_tspin.data.endings import Endings
 from megatron_tspin.data.indexed import write_documents
 from megatron_tspin.generation.sampling import Decoding
-from megatron_tspin.generation.shards import Request, shard_path
+from megatron_tspin.generation.shards import Request
 from megatron_tspin.records import Evaluation, Response
-from megatron_tspin.run_folder import HELD_OUT, RunFolder, document_stem, examples_path
+from megatron_tspin.run_folder import HELD_OUT, RunFolder, document_stem, examples_path, shard_digest, shard_path
+from megatron_tspin.storage import sha256_text
 from tests.rank_pool import in_layout
 from tests.stale_disk import stale_on_rank_1
 from tests.training.rescored import save_policy
@@ -73,7 +74,9 @@ def answered(topology: Any) -> Any:
                 for prompt in prompts
             ]
             folder.mkdir(parents=True)
-            shard_path(folder, 0).write_text("".join(response.line() for response in answers))
+            text = "".join(response.line() for response in answers)
+            shard_path(folder, 0).write_text(text)
+            shard_digest(shard_path(folder, 0)).write_text(sha256_text(text))
         return request
 
     facts = {"checkpoint_sha256": "of the policy"}
