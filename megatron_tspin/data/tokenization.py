@@ -11,7 +11,7 @@ from megatron_tspin.data.endings import endings_of_run
 from megatron_tspin.data.indexed import open_documents, write_documents
 from megatron_tspin.data.template import RESPONSE_RULE, PromptTemplate
 from megatron_tspin.data.tokenizer import Tokenizer
-from megatron_tspin.data.tokenizer_export import COMPARED, check_exportable
+from megatron_tspin.data.tokenizer_export import COMPARED, becomes_another, check_exportable
 from megatron_tspin.data.tokenizer_loading import load_tokenizer
 from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.data.vocabulary import check_vocabulary, model_vocab_size
@@ -62,7 +62,7 @@ def tokenize_run(config: Config) -> None:
     folder = RunFolder(Path(config.run_dir)).data
     stale = {split: path for split, path in sources.items() if not _is_current(folder, split, facts[split])}
     encoded = {split: encoder.encode(path, split, examples[split]) for split, path in stale.items()}
-    if TRAIN in encoded:
+    if TRAIN in encoded and becomes_another(config):
         found = encoded[TRAIN]
         check_exportable(config, found.examples[:COMPARED], found.prompts[:COMPARED], found.responses[:COMPARED])
     for split, found in encoded.items():

@@ -86,6 +86,12 @@ def _convert(model: Path, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
+def becomes_another(config: Config) -> bool:
+    """Whether an export's tokenizer has other files than the one that the run loads: then it may read in another way."""
+    location = Path(config.model.tokenizer or config.model.hf_checkpoint)
+    return config.model.tokenizer is not None or tokenizer_file(location).suffix == ".model"
+
+
 def check_exportable(
     config: Config,
     examples: Sequence[Example],
