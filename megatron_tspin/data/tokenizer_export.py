@@ -87,7 +87,7 @@ def _convert(model: Path, folder: Path) -> None:
 
 
 def becomes_another(config: Config) -> bool:
-    """Whether an export's tokenizer has other files than the one that the run loads: then it may read in another way."""
+    """Whether an export's tokenizer has other files than the run's, and so may read in another way."""
     location = Path(config.model.tokenizer or config.model.hf_checkpoint)
     return config.model.tokenizer is not None or tokenizer_file(location).suffix == ".model"
 
