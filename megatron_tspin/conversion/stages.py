@@ -13,6 +13,7 @@ from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.loading import check_loads
 from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
 from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.indexed import open_documents
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer_export import COMPARED, check_tokenizer, write_endings, write_tokenizer
@@ -128,7 +129,7 @@ def _check_tokenizer(config: Config, target: Path, data: Path) -> None:
     examples = read_examples(examples_path(data, TRAIN))[:COMPARED]
     documents = [open_documents(document_stem(data, TRAIN, key)) for key in ("prompt", "annotated")]
     prompts, responses = ([document[index] for index in range(len(examples))] for document in documents)
-    check_tokenizer(config, target, examples, prompts, responses)
+    check_tokenizer(config, target, EncodedExamples(examples, prompts, responses))
 
 
 def _export(

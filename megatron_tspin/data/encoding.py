@@ -26,6 +26,10 @@ class EncodedExamples:
     responses: list[list[int]] = field(default_factory=list)
     """Annotated responses, closed unless they were truncated."""
 
+    def first(self, count: int) -> "EncodedExamples":
+        """The first `count` of them."""
+        return EncodedExamples(self.examples[:count], self.prompts[:count], self.responses[:count])
+
     def add(self, example: Example, prompt: list[int], response: list[int]) -> None:
         """Appends one example."""
         self.examples.append(example)

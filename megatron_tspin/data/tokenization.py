@@ -63,8 +63,7 @@ def tokenize_run(config: Config) -> None:
     stale = {split: path for split, path in sources.items() if not _is_current(folder, split, facts[split])}
     encoded = {split: encoder.encode(path, split, examples[split]) for split, path in stale.items()}
     if TRAIN in encoded and becomes_another(config):
-        found = encoded[TRAIN]
-        check_exportable(config, found.examples[:COMPARED], found.prompts[:COMPARED], found.responses[:COMPARED])
+        check_exportable(config, encoded[TRAIN].first(COMPARED))
     for split, found in encoded.items():
         write_examples(examples_path(folder, split), found.examples)
         whole = facts[split] | {"examples_sha256": sha256_file(examples_path(folder, split))}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.endings import Endings, ids_of_configs
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenizer_loading import load_tokenizer, tokenizer_file
@@ -92,18 +92,13 @@ def becomes_another(config: Config) -> bool:
     return config.model.tokenizer is not None or tokenizer_file(location).suffix == ".model"
 
 
-def check_exportable(
-    config: Config,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-) -> None:
+def check_exportable(config: Config, encoded: EncodedExamples) -> None:
     """`check_tokenizer` of what an export will hold, before anything is trained; writes nothing that stays."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copyfile(Path(config.model.hf_checkpoint) / "config.json", folder / "config.json")
         write_tokenizer(config, folder)
-        check_tokenizer(config, folder, examples, prompts, responses)
+        check_tokenizer(config, folder, encoded)
 
 
 def write_endings(endings: Endings, folder: Path) -> None:
@@ -119,28 +114,20 @@ def write_endings(endings: Endings, folder: Path) -> None:
         write_json(path, {**(read_json(path) if path.is_file() else {}), "eos_token_id": value})
 
 
-def check_tokenizer(
-    config: Config,
-    folder: Path,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-) -> None:
+def check_tokenizer(config: Config, folder: Path, encoded: EncodedExamples) -> None:
     """Demands that transformers, and this package, read the folder's tokenizer as the run read its own.
 
     Args:
         config: The run.
         folder: An HF folder with a tokenizer.
-        examples: Some of the run.
-        prompts: Their prompts' ids as the run trained on them.
-        responses: Their annotated responses' ids, closed or truncated.
+        encoded: Examples of the run with the ids that it trains on; responses are closed or truncated.
 
     Raises:
         InputError: It cannot be loaded, or a text has other ids; shows both and says what to do.
     """
     location = config.model.tokenizer or config.model.hf_checkpoint
     try:
-        _check(config, folder, examples, prompts, responses)
+        _check(config, folder, encoded)
     except InputError as error:
         raise InputError(
             f"{location}: as part of an HF checkpoint, this tokenizer is another one for transformers: {error}; give "
@@ -148,13 +135,8 @@ def check_tokenizer(
         ) from error
 
 
-def _check(
-    config: Config,
-    folder: Path,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-) -> None:
+def _check(config: Config, folder: Path, encoded: EncodedExamples) -> None:
+    examples = encoded.examples
     tokenizer = load_tokenizer(str(folder), rules=config.model.tokenizer_rules)
     if config.data.template_date is not None:
         tokenizer.date = datetime.date.fromisoformat(config.data.template_date)
@@ -162,11 +144,11 @@ def _check(
     again, unclosed = template.encode(examples, closed=False)
     texts = [template.text(item) for item in examples]
     theirs = _ids_by_transformers(folder, texts, special=config.data.template != CHAT_TEMPLATE)
-    for item, ids, found in zip(examples, prompts, again, strict=True):
+    for item, ids, found in zip(examples, encoded.prompts, again, strict=True):
         _compare(item.id, "prompt", ids, found)
-    for item, ids, found in zip(examples, prompts, theirs, strict=True):
+    for item, ids, found in zip(examples, encoded.prompts, theirs, strict=True):
         _compare(item.id, "prompt", ids, template.open_once(found))
-    for item, ids, found in zip(examples, responses, unclosed, strict=True):
+    for item, ids, found in zip(examples, encoded.responses, unclosed, strict=True):
         _compare(item.id, "response", ids[: len(found)], found[: len(ids)])
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import dump_config
 from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer_export import check_exportable
@@ -41,7 +42,7 @@ def test_the_date_is_a_setting(dated: Path) -> None:
     assert template.text(EXAMPLE) == "Today is 29 Feb 2024. x"
     other = PromptTemplate("chat", load_run_tokenizer(run_config(dated, template_date="2024-03-01")))
     assert other.fingerprint != template.fingerprint
-    check_exportable(config, [EXAMPLE], *template.encode([EXAMPLE]))
+    check_exportable(config, EncodedExamples([EXAMPLE], *template.encode([EXAMPLE])))
     today = PromptTemplate("chat", load_run_tokenizer(run_config(dated))).text(EXAMPLE)
     assert today == f"Today is {datetime.date.today():%d %b %Y}. x"
     with pytest.raises(ValidationError, match="template_date = '29 Feb' is no date; write it as 2026-01-31"):

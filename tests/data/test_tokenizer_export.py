@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.endings import Endings
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
@@ -30,8 +31,9 @@ def run_config(checkpoint: Path, tokenizer: Path | None, template: str = "Q {pro
     return Config.model_validate({**tree, "data": {"annotated": "a.jsonl", "template": template}})
 
 
-def encoded(config: Config) -> tuple[list[list[int]], list[list[int]]]:
-    return PromptTemplate(config.data.template, load_run_tokenizer(config)).encode(EXAMPLES)
+def encoded(config: Config) -> EncodedExamples:
+    template = PromptTemplate(config.data.template, load_run_tokenizer(config))
+    return EncodedExamples(EXAMPLES, *template.encode(EXAMPLES))
 
 
 @pytest.fixture
@@ -45,11 +47,11 @@ def other(hf_folder_factory: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_transformers_reads_it_as_the_run_did(kind: str, other: Path, tmp_path: Path) -> None:
     config = run_config(other, write_kind(tmp_path / "kind", kind))
-    prompts, responses = encoded(config)
+    found = encoded(config)
     write_tokenizer(config, other)
-    check_tokenizer(config, other, EXAMPLES, prompts, responses)
+    check_tokenizer(config, other, found)
     oracle = AutoTokenizer.from_pretrained(str(other))
-    assert [oracle(f"Q {item.prompt} A ")["input_ids"] for item in EXAMPLES] == prompts
+    assert [oracle(f"Q {item.prompt} A ")["input_ids"] for item in EXAMPLES] == found.prompts
     assert not (other / "added_tokens.json").exists()
 
 
@@ -57,7 +59,7 @@ def test_a_bare_sentencepiece_model(other: Path, tmp_path: Path) -> None:
     model = tmp_path / "mine.model"
     model.write_bytes(sentencepiece_model("unigram"))
     config = run_config(other, model)
-    prompts, _ = encoded(config)
+    prompts = encoded(config).prompts
     write_tokenizer(config, other)
     assert (other / "tokenizer.model").read_bytes() == model.read_bytes()
     oracle = AutoTokenizer.from_pretrained(str(other))
@@ -69,7 +71,7 @@ def test_a_chat_template_comes_along(hf_folder_factory: Callable[..., Path], oth
     mine = hf_folder_factory(tmp_path / "mine", chat=None, checkpoint={"vocab_size": 1024})
     (mine / "chat_template.jinja").write_text(chat)
     config = run_config(other, mine, "chat")
-    check_exportable(config, EXAMPLES, *encoded(config))
+    check_exportable(config, encoded(config))
     write_tokenizer(config, other)
     assert AutoTokenizer.from_pretrained(str(other)).chat_template == chat
 
@@ -77,13 +79,13 @@ def test_a_chat_template_comes_along(hf_folder_factory: Callable[..., Path], oth
 def test_other_ids_are_refused_with_both(other: Path, tmp_path: Path) -> None:
     mine = write_kind(tmp_path / "kind", "byte level")
     config = run_config(other, mine)
-    prompts, responses = encoded(config)
+    prompts, responses = encoded(config).prompts, encoded(config).responses
     for changed, what in (
         ((prompts, [responses[0], [7, *responses[1]], responses[2]]), "the response of example '1' has ids [7, "),
         (([[9, *prompts[0]], *prompts[1:]], responses), "the prompt of example '0' has ids [9, "),
     ):
         with pytest.raises(InputError) as caught:
-            check_exportable(config, EXAMPLES, *changed)
+            check_exportable(config, EncodedExamples(EXAMPLES, *changed))
         assert str(caught.value).startswith(f"{mine}: ") and what in str(caught.value)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer, tokenize_run
 from megatron_tspin.data.tokenizer_export import check_exportable
@@ -65,7 +66,7 @@ def test_who_is_believed(folder: Path) -> None:
         config = run_config(folder, tokenizer_rules=believed)
         tokenizer = load_run_tokenizer(config)
         assert (tokenizer.encode_batch([WIDE], add_special_tokens=False) == [expected]) is same
-        check_exportable(config, [item], *PromptTemplate("{prompt}", tokenizer).encode([item]))
+        check_exportable(config, EncodedExamples([item], *PromptTemplate("{prompt}", tokenizer).encode([item])))
 
 
 def test_the_runs_own_texts_are_compared_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,13 +31,6 @@ from tests.training.trajectory import make_config
 from tests.training.triplet_files import LENGTHS, all_of, write_triplets
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory, ranks: Any, tiny_checkpoint: Any) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "checkpoint"
-    ranks(1).run(save_policy, tiny_checkpoint("tied"), folder)
-    return folder
-
-
 @pytest.fixture
 def build(tmp_path: Path, tiny_checkpoint: Any, policy: Path) -> Build:
     """Writes the documents and shards of an iteration; returns the config of its run."""
