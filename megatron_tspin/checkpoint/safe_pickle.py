@@ -57,6 +57,7 @@ _OPCODES = (
 _PythonUnpickler: Any = pickle._Unpickler  # which typeshed takes for the one in C
 
 
+# To mypy it is Any, and strict mypy refuses to subclass that.
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """Python's unpickler written in Python: the one in C lets nobody look at single opcodes.
 

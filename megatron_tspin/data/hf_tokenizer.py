@@ -52,15 +52,16 @@ class HFTokenizer:
         self.special_texts = tuple(added[token].content for token in sorted(self.special_ids))
         self.endings = resolve_endings(self._tokenizer.eos_token_id, self.token_text, checkpoint)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._rules = [json.loads(self._backend.to_str()), self._tokenizer.chat_template]
+        parts = [json.loads(self._backend.to_str()), self._tokenizer.chat_template]
+        self._rules_digest = sha256_text(json.dumps(parts, sort_keys=True))
 
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides about ids."""
-        parts = [*self._rules, endings_text(self.endings)]
+        parts = [self._rules_digest, endings_text(self.endings)]
         if DATE_FUNCTION in str(self._tokenizer.chat_template):
             parts.append(self.date.isoformat())
-        return sha256_text(json.dumps(parts, sort_keys=True))
+        return sha256_text(json.dumps(parts))
 
     def check(self, texts: Iterable[str]) -> None:
         """Demands, unless it was said whom to believe, that texts have the ids that tokenizer.json gives them.

@@ -56,12 +56,12 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         refuse_stale_facts(f"iteration {iteration}, the documents to train on", documents, topology)
         resumed = newest_whole(checkpoints, topology)
         start = load or policy_checkpoint(folder, iteration, topology)
-        facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
-        if resumed is not None:
-            on_first_rank(lambda: _refuse_other_beginning(resumed, facts), topology)
         model = build_chunks(architecture, config.parallel, config.training, config.precision, topology)
         trainer = build_trainer(config, iteration, topology, model, source.num_steps)
         _load_start(trainer, start)
+        facts = {"checkpoint_sha256": sha256_file(start / "manifest.json"), "documents": documents}
+        if resumed is not None:
+            on_first_rank(lambda: _refuse_other_beginning(resumed, facts), topology)
         _log.info("policy from %s, %d parameters on this rank", start, sum(map(num_parameters, model)))
         _log.info("precision: %s", describe(config.precision))
         _log_rows(config)

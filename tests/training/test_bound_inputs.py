@@ -61,6 +61,11 @@ def test_documents_that_are_rewritten_during_training_are_noticed(
     assert step_folders(save)[-1].name == "step_00000004"
 
 
+def test_a_policy_to_start_from_that_is_not_there_is_named(config: Config, ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=f"{tmp_path / 'absent'}"):
+        run(ranks, config, tmp_path / "absent", iteration=0)
+
+
 def test_an_iteration_that_would_begin_with_something_else_is_refused(
     config: Config, ranks: Any, policy: Path, tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
