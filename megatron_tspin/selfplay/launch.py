@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
+from megatron_tspin.log import get_logger
 from megatron_tspin.selfplay.lock import RunLock
 from megatron_tspin.selfplay.plan import Stage
 
@@ -23,10 +24,14 @@ _LAUNCHER_VARIABLES = frozenset({
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_GTIDS", "SLURM_STEP_ID", "SLURM_STEPID",
 })  # fmt: skip
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_ASYNC_", "PET_", "OMPI_", "PMI_", "PMIX_", "PMI2_", "MV2_", "HYDRA_")
+_LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_", "PMI2_", "HYDRA_",
+)  # fmt: skip
 _LOOK_SECONDS = 5.0
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
+
+logger = get_logger(__name__)
 
 Command = Callable[[Stage], list[str]]
 
@@ -147,8 +152,11 @@ def _wait(child: "subprocess.Popen[bytes]", lock: RunLock) -> int:
         try:
             return child.wait(_LOOK_SECONDS)
         except subprocess.TimeoutExpired:
-            lock.check()
-            lock.renew()
+            try:
+                lock.check()
+                lock.renew()
+            except OSError as error:  # a network file system that is away for a moment is no reason to end a stage
+                logger.warning("%s: %s; looking again", lock.path, error.strerror)
 
 
 def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECONDS) -> None:

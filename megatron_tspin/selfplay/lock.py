@@ -46,11 +46,12 @@ class RunLock:
 
         Raises:
             InputError: The lock file was removed or replaced; says who has the run.
+            OSError: The file system does not answer, which tells nothing.
         """
         try:
             entry, own = self.path.stat(), os.fstat(self.descriptor)
             content = _parsed(self.path.read_bytes())
-        except OSError:
+        except FileNotFoundError:
             raise InputError(
                 f"{self.path}: was removed under this driver, which ends, as another one may have the run now; run the "
                 "same command again"

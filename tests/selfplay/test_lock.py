@@ -63,6 +63,25 @@ def test_a_stage_is_ended_when_the_run_is_taken(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.processes
+def test_a_file_system_that_is_away_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "_LOOK_SECONDS", 0.1)
+    looks: list[int] = []
+
+    def away(held: lock.RunLock) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with run_lock(tmp_path) as held:
+        monkeypatch.setattr(lock.RunLock, "check", away)
+        code = "import time; time.sleep(0.7)"
+        assert launch.run_process([sys.executable, "-c", code], dict(os.environ), held) == 0
+        assert len(looks) > 1 and "Stale file handle; looking again" in caplog.text
+
+
+@pytest.mark.processes
 def test_no_marker_is_written_for_a_run_of_another(fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run_process = launch.run_process
 
