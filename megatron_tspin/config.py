@@ -1,8 +1,8 @@
 """Every setting of a run, with its type, its default, its bounds and its command-line flag.
 
-This, with the number formats in `config_precision`, is the only place that holds a default. A run is described by a
-YAML file with the sections below; flags (with Megatron's names where Megatron has one) override it. Unknown keys, wrong
-types and impossible combinations are refused by name.
+This, with the sections of `config_precision` and `config_launch`, is the only place that holds a default. A run is
+described by a YAML file with the sections below; flags (with Megatron's names where Megatron has one) override it.
+Unknown keys, wrong types and impossible combinations are refused by name.
 """
 
 import datetime
@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
+from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.config_section import Section, execution, report, result, setting
 
@@ -354,6 +355,7 @@ class Config(Section):
     generation: GenerationSection = GenerationSection()
     self_play: SelfPlaySection = SelfPlaySection()
     evaluation: EvaluationSection = EvaluationSection()
+    launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":

@@ -9,11 +9,13 @@ EXIT_INPUT = 2  # the input or the configuration is at fault; nothing was change
 EXIT_STAGE = 3  # a stage of a run failed; the same command continues the run
 EXIT_PARITY = 4  # a parity or drift gate refused what it measured
 EXIT_DIVERGED = 5  # the loss or a gradient was not finite; no update was made
+EXIT_STOPPED = 75  # asked to stop, and stopped with everything saved; sysexits.h calls it EX_TEMPFAIL
 
 EXIT_CODE_HELP = (
     f"Exit codes: {EXIT_OK} done; {EXIT_FAILED} unexpected failure; {EXIT_INPUT} bad input or configuration; "
     f"{EXIT_STAGE} a stage failed, run the same command again to continue; {EXIT_PARITY} a parity gate refused; "
-    f"{EXIT_DIVERGED} loss or gradient not finite."
+    f"{EXIT_DIVERGED} loss or gradient not finite; {EXIT_STOPPED} stopped as SIGTERM or SIGUSR1 asked, "
+    "run the same command again to continue."
 )
 
 
@@ -43,6 +45,10 @@ class DiskFullError(StageError):
     """A file could not be written because the disk, a quota or a limit is used up."""
 
 
+class HangError(StageError):
+    """A rank stands still."""
+
+
 class LostRankError(StageError):
     """Another rank hangs or is gone: the consequence of a failure, never its cause."""
 
@@ -57,3 +63,9 @@ class DivergenceError(TspinError):
     """A loss or a gradient is not finite."""
 
     exit_code = EXIT_DIVERGED
+
+
+class StoppedError(TspinError):
+    """Somebody asked for a stop, and everything is saved: no failure."""
+
+    exit_code = EXIT_STOPPED

@@ -8,11 +8,16 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from megatron_tspin.heartbeat import beat
+
 Item = TypeVar("Item")
+
+LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
+"""Names the file to which the ranks of a stage also write their log lines and tracebacks."""
 
 _TERMINAL_REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
@@ -36,7 +41,7 @@ def set_up_logging(speak: bool = True) -> None:
 
 
 def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> Any:
-    """A bar with rate and time left; without a terminal a line every ten seconds instead.
+    """A bar with rate and time left; without a terminal a line every ten seconds instead. Each update is a heartbeat.
 
     Args:
         description: What is being done, e.g. "train iteration 1".
@@ -45,8 +50,9 @@ def progress_bar(description: str, total: int, unit: str, speak: bool = True, do
         speak: False draws nothing (ranks other than the first).
         done: Units that an earlier, interrupted process did.
     """
+    beat(description)
     pause = _TERMINAL_REFRESH_SECONDS if sys.stderr.isatty() else _LINE_SECONDS
-    return tqdm(
+    return _BeatingBar(
         file=sys.stderr if sys.stderr.isatty() else _Lines(),
         delay=0.0 if sys.stderr.isatty() else pause,
         desc=description,
@@ -59,6 +65,22 @@ def progress_bar(description: str, total: int, unit: str, speak: bool = True, do
         leave=True,
         ascii=None if os.environ.get("LANG", "").upper().endswith("UTF-8") else True,
     )
+
+
+if TYPE_CHECKING:
+    _Bar = tqdm[Any]
+else:
+    _Bar = tqdm
+
+
+class _BeatingBar(_Bar):
+    """What tells people that a loop goes on tells the driver too."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts n units more."""
+        beat()
+        drawn: bool | None = super().update(n)
+        return drawn
 
 
 class _Lines:

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_tspin.config import ParallelSection
-from megatron_tspin.errors import ArtifactError, InputError, TspinError
+from megatron_tspin.errors import ArtifactError, InputError, LostRankError, TspinError
+from megatron_tspin.heartbeat import busy, waiting
 from megatron_tspin.lost_rank import explain
-from megatron_tspin.platform import backend, prepare_platform, seed_everything
+from megatron_tspin.platform import backend, device, prepare_platform, seed_everything
+from megatron_tspin.rendezvous import check_rendezvous, meeting_place, said_when_late, this_rank
 
 Value = TypeVar("Value")
 
@@ -45,6 +47,8 @@ class Topology:
     cp_rank: int
     cp_size: int
     cp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """DP x CP: the ranks that hold the same part of the policy."""
     model_parallel_group: dist.ProcessGroup
     """TP x PP: the ranks that hold one policy."""
     num_virtual_stages: int
@@ -100,7 +104,9 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
             f"{layout.context_parallel_size} x {layout.pipeline_model_parallel_size} x {layout.data_parallel_size} "
             f"needs {layout.world_size}"
         )
-    dist.init_process_group(backend(), timeout=STEP_TIMEOUT)
+    check_rendezvous(backend())
+    with said_when_late():
+        _join()
     dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT)
     try:
         yield build_topology(layout, seed, tokens_multiple)
@@ -112,6 +118,14 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
             raise lost from error
         raise
     leave_groups()
+
+
+def _join() -> None:
+    try:
+        dist.init_process_group(backend(), timeout=STEP_TIMEOUT)
+    except RuntimeError as error:  # which torch's own errors are
+        reason = str(error).strip().split("\n")[0]
+        raise LostRankError(f"{this_rank()} did not meet the others at {meeting_place()} ({reason})") from error
 
 
 def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Topology:
@@ -145,6 +159,7 @@ def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int 
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=layout.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_parallel_group=parallel_state.get_model_parallel_group(),
         num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
@@ -169,7 +184,8 @@ def groups_are_up() -> bool:
 
 def wait_for_all_ranks() -> None:
     """Waits until every rank has come here, however long the work before it took one of them."""
-    dist.barrier()
+    with waiting("waiting for all ranks"):
+        dist.barrier()
 
 
 def broadcast_within_policy(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -194,6 +210,24 @@ def sum_over_replicas(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
     return tensor
 
 
+def any_rank(asks: bool, topology: Topology) -> bool:
+    """Whether one rank at least says yes; all get the same answer. They come here together, as in a step."""
+    return _any_of_groups(asks, (topology.model_parallel_group, topology.dp_cp_group))
+
+
+def any_rank_of_policy(asks: bool, topology: Topology) -> bool:
+    """As `any_rank`, among the ranks of TP x PP that hold one policy."""
+    return _any_of_groups(asks, (topology.model_parallel_group,))
+
+
+def _any_of_groups(asks: bool, groups: tuple[dist.ProcessGroup, ...]) -> bool:
+    flag = torch.tensor(int(asks), device=device())
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())
+
+
 def on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
     """What `compute` returns on rank 0, on all ranks; what it raises there, all raise. It must survive pickling.
 
@@ -202,10 +236,12 @@ def on_first_rank(compute: Callable[[], Value], topology: Topology) -> Value:
     answer: list[Any] = [None, None]
     if topology.rank == 0:
         try:
-            answer[0] = compute()
+            with busy("working for all ranks"):
+                answer[0] = compute()
         except TspinError as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
+    with waiting("waiting for rank 0"):
+        dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     value: Value = answer[0]
@@ -224,7 +260,8 @@ def refuse_stale_facts(what: str, facts: dict[str, Any], topology: Topology) -> 
         ArtifactError: Names the rank, the fact and both values.
     """
     found: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(found, facts)
+    with waiting("waiting to compare what was read"):
+        dist.all_gather_object(found, facts)
     for rank, others in enumerate(found):
         different = [f"{name} is {others.get(name)}, on rank 0 {value}" for name, value in found[0].items()
                      if others.get(name) != value]  # fmt: skip

@@ -104,6 +104,11 @@ class RunFolder:
         return _numbered(self.root / "evaluation", r"policy_(\d{3,})\.json")
 
 
+def beats_folder(log_file: Path) -> Path:
+    """Where the ranks of the stage with this log say what they do, while it runs or if it did not end well."""
+    return log_file.with_suffix(".ranks")
+
+
 def examples_path(data: Path, split: str) -> Path:
     """The normalised examples of a split in a run's data folder, in document order."""
     return data / f"{split}.jsonl"

@@ -39,6 +39,7 @@ from megatron_tspin.checkpoint.safe_pickle import check_pickles, restricted_meta
 from megatron_tspin.checkpoint.shards import bare_policies, by_place, sharded_parameters, whole_shards
 from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.errors import ArtifactError, DiskFullError, InputError, StageError
+from megatron_tspin.heartbeat import busy
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
@@ -47,6 +48,7 @@ from megatron_tspin.storage import explain_full, fsync_path, is_full
 
 
 @torch.no_grad()
+@busy("writing a checkpoint")
 def save_checkpoint(
     folder: Path,
     model: torch.nn.Module | Sequence[torch.nn.Module],
@@ -132,6 +134,7 @@ def _all_files(folder: Path, topology: Topology) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@busy("reading a checkpoint")
 def load_checkpoint(
     folder: Path,
     model: torch.nn.Module | Sequence[torch.nn.Module],
@@ -173,6 +176,7 @@ def load_checkpoint(
 
 
 @torch.no_grad()
+@busy("reading a checkpoint")
 def load_masters(
     folder: Path, model: torch.nn.Module | Sequence[torch.nn.Module], topology: Topology, optimizer: Any
 ) -> None:

@@ -11,12 +11,14 @@ import torch.distributed as dist
 
 from megatron_tspin.checkpoint.manifest import check_checkpoint, digest_problems
 from megatron_tspin.errors import ArtifactError
+from megatron_tspin.heartbeat import busy
 from megatron_tspin.parallel import Topology, on_first_rank
 
 _hashed: dict[Path, tuple[str, int]] = {}
 """Files that this process found right: their digest, and when they were last written (nanoseconds)."""
 
 
+@busy("checking a checkpoint")
 def verify_together(folder: Path, topology: Topology) -> dict[str, Any]:
     """Checks a checkpoint, all ranks together, and returns its manifest.
 

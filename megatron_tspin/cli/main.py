@@ -25,10 +25,12 @@ from megatron_tspin.cli import (
     train,
 )
 from megatron_tspin.cli.arguments import EXIT_CODES
-from megatron_tspin.errors import EXIT_FAILED, DiskFullError, LostRankError, TspinError
-from megatron_tspin.log import get_logger, set_up_logging
+from megatron_tspin.errors import EXIT_FAILED, DiskFullError, LostRankError, StoppedError, TspinError
+from megatron_tspin.heartbeat import start_beating
+from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger, set_up_logging
+from megatron_tspin.run_folder import beats_folder
 from megatron_tspin.selfplay.failure import Failure, record_failure
-from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, forget_launchers, refuse_other_drivers
+from megatron_tspin.selfplay.launch import forget_launchers, refuse_other_drivers
 from megatron_tspin.storage import explain_full, is_full
 
 EXIT_INTERRUPTED = 130
@@ -127,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _set_up_log(rank: int) -> None:
-    """Log lines go to stderr and, in a stage of a run, to the stage's log file too."""
+    """Log lines go to stderr and, in a stage of a run, to the stage's log file too, beside which the ranks beat."""
     set_up_logging(speak=rank == 0)
     log_file = os.environ.get(LOG_FILE_VARIABLE)
     if log_file is None:
@@ -135,6 +137,7 @@ def _set_up_log(rank: int) -> None:
     handler = logging.FileHandler(log_file, encoding="utf-8")  # appends: an earlier attempt's lines stay
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)-7s %(message)s"))
     logging.getLogger("megatron_tspin").addHandler(handler)
+    start_beating(beats_folder(Path(log_file)), rank)
 
 
 def _tell_driver(failure: Failure) -> bool:
@@ -148,7 +151,8 @@ def _tell_driver(failure: Failure) -> bool:
 def _say(error: TspinError, rank: int) -> None:
     """One line for each line of the error."""
     who = f" (rank {rank})" if rank else ""
-    lines = [f"tspin: error{who}: {line}\n" for line in str(error).splitlines()]
+    kind = "stopped" if isinstance(error, StoppedError) else "error"
+    lines = [f"tspin: {kind}{who}: {line}\n" for line in str(error).splitlines()]
     sys.stderr.writelines(lines)
     log_file = os.environ.get(LOG_FILE_VARIABLE)
     if log_file is not None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.errors import InputError
-from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE, die_with_parent
+from megatron_tspin.log import LOG_FILE_VARIABLE
+from megatron_tspin.selfplay.launch import die_with_parent
 from megatron_tspin.selfplay.lock import run_lock
 from megatron_tspin.selfplay.run_config import check_same_config, with_absolute_paths
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from megatron_tspin.cli.arguments import add_output, command_parser
 from megatron_tspin.errors import EXIT_OK
-from megatron_tspin.log import get_logger
+from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger
 from megatron_tspin.run_folder import RunFolder
-from megatron_tspin.selfplay.launch import LOG_FILE_VARIABLE
 from megatron_tspin.storage import refuse_existing
 
 if TYPE_CHECKING:

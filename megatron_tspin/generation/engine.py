@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.generation.sampling import Decoding, choose
+from megatron_tspin.heartbeat import beat
 from megatron_tspin.models.attention import KeyValueCache
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, broadcast_within_policy
@@ -73,6 +74,7 @@ class Engine:
     def _run(self, batch: "_Batch", decoding: Decoding) -> list[Answer]:
         tokens = batch.prompt_tokens
         for position in range(decoding.max_new_tokens):
+            beat()
             chosen, log_probs = self._next_tokens(batch, tokens, position, decoding)
             batch.record(chosen, log_probs, self._stop_ids)
             if not batch.live.any():

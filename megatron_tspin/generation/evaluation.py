@@ -17,6 +17,7 @@ from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.generation.player import Player
 from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer, scorer_digest
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
+from megatron_tspin.heartbeat import busy
 from megatron_tspin.objective.scoring import score_pairs
 from megatron_tspin.parallel import Topology, on_first_rank
 from megatron_tspin.records import DecodingResult, Evaluation, Response
@@ -148,10 +149,10 @@ def decoding_result(
     """
     scores: list[float] | None = None
     if scorer is not None:
-        scores = [
-            score_answer(scorer, example.record, response.text, example.id, seconds) if response.ended else 0.0
-            for example, response in zip(examples, responses, strict=True)
-        ]
+        scores = []
+        for example, response in zip(examples, responses, strict=True):
+            with busy(f"scoring the answer to {example.id}"):
+                scores.append(_score(scorer, example, response, seconds))
     return DecodingResult(
         num_prompts=len(responses),
         accuracy=fmean(scores) if scores else None,
@@ -159,6 +160,10 @@ def decoding_result(
         ended_share=fmean(response.ended for response in responses),
         mean_tokens=fmean(len(response.response_ids) for response in responses),
     )
+
+
+def _score(scorer: Scorer, example: Example, response: Response, seconds: float) -> float:
+    return score_answer(scorer, example.record, response.text, example.id, seconds) if response.ended else 0.0
 
 
 def _standard_error(scores: Sequence[float]) -> float | None:

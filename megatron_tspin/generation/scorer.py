@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import ctypes
+import faulthandler
 import importlib
 import importlib.util
 import math
@@ -16,6 +18,9 @@ from typing import Any
 
 from megatron_tspin.errors import InputError
 from megatron_tspin.storage import sha256_file
+
+_STDOUT, _STDERR = 1, 2
+_LEAST_GRACE_SECONDS = 1.0
 
 Scorer = Callable[[Mapping[str, Any], str], float]
 """Takes the user's record of the example and the text of an answer; returns a score from 0 to 1."""
@@ -110,9 +115,9 @@ def score_answer(
         InputError: It failed, took longer, or returned something other than a number from 0 to 1; names the scorer and
             the example.
     """
-    name, process = getattr(scorer, "__name__", repr(scorer)), os.getpid()
+    name = getattr(scorer, "__name__", repr(scorer))
     try:
-        with _time_limit(seconds), contextlib.redirect_stdout(sys.stderr):
+        with _time_limit(seconds), _stdout_to_stderr(), _one_process():
             score = scorer(copy.deepcopy(dict(record)), text)
     except _TimeLimitError as error:
         raise InputError(
@@ -127,8 +132,6 @@ def score_answer(
             f"{place.filename}:{place.lineno}: the scorer `{name}` failed for example {example_id}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if os.getpid() != process:  # a child of a scorer that forks must not go on as a second rank
-        os._exit(0)
     number = _number(score)
     if number is None or not 0.0 <= number <= 1.0:
         raise InputError(
@@ -147,13 +150,43 @@ def _number(score: Any) -> float | None:
         return None
 
 
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Ends children that a scorer forked and that come out of the block: they must not go on as a second rank."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """For whatever writes in the block: Python's print, C's printf, and child processes."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
 class _TimeLimitError(BaseException):
     """Not an Exception, so that a scorer does not catch it."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises in the block after so many seconds, as soon as Python runs again; on the main thread alone."""
+    """Raises in the block after so many seconds, as soon as Python runs again; on the main thread alone.
+
+    A call of C that has not come back to Python after as long again ends the process, and its stack goes to stderr.
+    """
     if not math.isfinite(seconds) or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -163,8 +196,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     former = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + max(seconds, _LEAST_GRACE_SECONDS), exit=True, file=_STDERR)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tspin.data.tokenizer import Tokenizer
-from megatron_tspin.errors import ArtifactError
+from megatron_tspin.errors import ArtifactError, StoppedError
 from megatron_tspin.generation.engine import Answer, Engine
 from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger, progress_bar
-from megatron_tspin.parallel import Topology, on_first_rank, refuse_stale_facts, wait_for_all_ranks
+from megatron_tspin.parallel import (
+    Topology,
+    any_rank,
+    any_rank_of_policy,
+    on_first_rank,
+    refuse_stale_facts,
+    wait_for_all_ranks,
+)
 from megatron_tspin.records import Response, read_records
 from megatron_tspin.run_folder import shard_digest, shard_path, shard_paths, shard_settings
+from megatron_tspin.stop_request import heeded, stop_requested
 from megatron_tspin.storage import read_json, read_text, sha256_file, sha256_text, write_json, write_text
 
 _log = get_logger(__name__)
@@ -96,6 +105,7 @@ def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenize
 
     Raises:
         ArtifactError: The folder holds answers that were made with other settings, or a rank has read other prompts.
+        StoppedError: A stop was requested while shards were left to make.
     """
     size = on_first_rank(lambda: asked.continued_in(folder).shard_size, topology)
     request = replace(asked, shard_size=size)
@@ -107,12 +117,22 @@ def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenize
     mine = pending[topology.dp_rank :: topology.dp_size]
     if len(pending) < len(shards) and topology.speaks:
         _log.info("%s: %d of %d shards are already there", folder, len(shards) - len(pending), len(shards))
-    with progress_bar(request.purpose, sum(len(shards[number]) for number in mine), "answer", topology.speaks) as bar:
+    stopped = False
+    answers = sum(len(shards[number]) for number in mine)
+    with heeded(), progress_bar(request.purpose, answers, "answer", topology.speaks) as bar:
         for number in mine:
+            stopped = any_rank_of_policy(stop_requested() is not None, topology)
+            if stopped:
+                break
+            beat(f"{request.purpose}, shard {number}")
             lines = [response.line() for response in _answer_shard(request, shards[number], engine, tokenizer, bar)]
             if topology.is_output_rank:
                 _write_shard(shard_path(folder, number), "".join(lines))
-    wait_for_all_ranks()
+        wait_for_all_ranks()
+    if any_rank(stopped, topology):
+        raise StoppedError(
+            f"stopped as {stop_requested() or 'another rank was'} asked: the whole shards of {request.purpose} are kept"
+        )
     return request
 
 

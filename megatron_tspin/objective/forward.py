@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tspin.config import ObjectiveSection
+from megatron_tspin.heartbeat import beat
 from megatron_tspin.objective.batches import MicroBatch
 from megatron_tspin.objective.losses import triplet_losses
 from megatron_tspin.objective.rows import Rows
@@ -29,6 +30,7 @@ def make_forward_step(objective: ObjectiveSection, beta: float) -> ForwardStep:
 
     def forward_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunc]:
         batch = next(data_iterator)
+        beat()
         return run_rows(batch.rows, model), partial(loss_func, batch, objective, beta)
 
     return forward_step

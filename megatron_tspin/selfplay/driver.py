@@ -4,15 +4,23 @@ import datetime
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from megatron_tspin.config import Config
-from megatron_tspin.errors import EXIT_INPUT, EXIT_OK, EXIT_STAGE, StageError
+from megatron_tspin.errors import (
+    EXIT_INPUT,
+    EXIT_OK,
+    EXIT_STAGE,
+    EXIT_STOPPED,
+    HangError,
+    StageError,
+    StoppedError,
+    TspinError,
+)
+from megatron_tspin.heartbeat import read_beats
 from megatron_tspin.log import get_logger
-from megatron_tspin.run_folder import RunFolder
+from megatron_tspin.run_folder import RunFolder, beats_folder
 from megatron_tspin.selfplay import launch, markers
 from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failure
 from megatron_tspin.selfplay.lock import RunLock, run_lock
@@ -28,6 +36,7 @@ from megatron_tspin.selfplay.run_config import (
     write_config,
 )
 from megatron_tspin.selfplay.scorer_trial import try_scorer
+from megatron_tspin.stop_request import STOP_SIGNALS, heeded, stop_requested
 
 logger = get_logger(__name__)
 
@@ -73,7 +82,7 @@ def run(
             sys.stdout.write(f"{name:<12} damaged  {', '.join(map(str, paths))}\n")
         _show(config, command)
         return EXIT_OK
-    with _orderly_end(), run_lock(run_dir) as lock:
+    with heeded(_stop_signals(), _on_request), run_lock(run_dir) as lock:
         for stage in _reopened(config):
             markers.marker_file(run_dir, stage).unlink(missing_ok=True)
         if repair:
@@ -120,6 +129,7 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock
             for path in stage.outputs:  # made from what is another file now
                 remove(path)
         logger.info("stage %s: again, because %s", stage.name, "; ".join(changed))
+    _stop_if_requested(f"stage {stage.name}")
     _execute(stage, config, command, lock)
 
 
@@ -132,7 +142,11 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: RunLock) ->
     started, start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     logger.info("stage %s: %s", stage.name, launch.shown(command))
     try:
-        code = launch.run_process(command, launch.environment(config, log_file), lock)
+        code = launch.run_process(command, launch.environment(config, log_file), lock, config.launch)
+    except HangError as error:
+        hung = _failed(stage, f"was ended after {time.monotonic() - start:.0f} s", str(error), log_file)
+        _write_outcome(log_file, str(hung))
+        raise HangError(str(hung)) from error
     except BaseException as error:
         _write_outcome(log_file, f"ended by the driver ({type(error).__name__})")
         raise
@@ -151,20 +165,35 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: RunLock) ->
     logger.info("stage %s: done in %.0f s", stage.name, seconds)
 
 
-def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> StageError:
+def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> TspinError:
     """What a person needs to know: which stage, why, where to look, and that nothing is lost."""
     failure = read_failure(log_file)
     code = failure.exit_code if failure else code
-    lines = [f"stage {stage.name} failed after {seconds:.0f} s with {_reason(code)}"]
-    if failure is not None:
-        lines += [f"  {line}" for line in failure.message.splitlines()]
-    ending = "the same command continues the run from here"
-    if code == EXIT_INPUT:
-        ending = f"once this is mended, {ending}; --repair makes damaged files of the run again"
-    lines.append(f"  its log: {log_file}; what was done is kept, {ending}")
-    error = StageError("\n".join(lines))
+    asked = stop_requested()
+    if code == EXIT_STOPPED or asked is not None:
+        what = f"ended as {asked or 'somebody'} asked; what it had finished is kept"
+        if failure is not None and code == EXIT_STOPPED:
+            what = failure.message
+        return StoppedError(f"stage {stage.name}: {what}; the same command continues")
+    said = failure.message if failure else _last_beats(log_file)
+    message = _failed(stage, f"failed after {seconds:.0f} s with {_reason(code)}", said, log_file, code == EXIT_INPUT)
+    error = StageError(message)
     error.exit_code = code if handed_on(code) else EXIT_STAGE
     return error
+
+
+def _failed(stage: Stage, how: str, why: str, log_file: Path, mendable: bool = False) -> str:
+    """Args: the stage, how it ended, why, its log, and whether something has to be mended by hand first."""
+    ending = "the same command continues the run from here"
+    if mendable:
+        ending = f"once this is mended, {ending}; --repair makes damaged files of the run again"
+    lines = [f"stage {stage.name} {how}", *(f"  {line}" for line in why.splitlines())]
+    return "\n".join([*lines, f"  its log: {log_file}; what was done is kept, {ending}"])
+
+
+def _last_beats(log_file: Path) -> str:
+    """Where ranks were that could not say why they ended."""
+    return "\n".join(f"rank {beat.rank} was in `{beat.doing}`" for beat in read_beats(beats_folder(log_file)))
 
 
 def _write_outcome(log_file: Path, outcome: str) -> None:
@@ -190,18 +219,21 @@ def _reason(code: int) -> str:
     return f"signal {name}{_CAUSES.get(name, '')}"
 
 
-@contextmanager
-def _orderly_end() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into an exception, so that the running stage is ended before the driver is."""
+def _stop_if_requested(before: str) -> None:
+    """Between stages there is nothing to finish."""
+    asked = stop_requested()
+    if asked is not None:
+        raise StoppedError(f"stopped before {before} as {asked} asked; the same command continues")
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        logger.warning("%s: ending the running stage", signal.Signals(number).name)
-        raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    former = [signal.signal(number, leave) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, former, strict=True):
-            signal.signal(number, handler)
+def _stop_signals() -> tuple[signal.Signals, ...]:
+    """SIGHUP too, unless the run was started by nohup."""
+    return STOP_SIGNALS if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*STOP_SIGNALS, signal.SIGHUP)
+
+
+def _on_request(name: str, again: bool) -> None:
+    """The first request lets the running stage finish its step or shard; the next one does not wait for that."""
+    if again:
+        logger.warning("%s again: ending the running stage now", name)
+        raise SystemExit(EXIT_STOPPED)
+    logger.warning("%s: the running stage finishes its step or shard and saves; again to end it now", name)

@@ -11,9 +11,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY
+from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY, EXIT_STOPPED
 
-_HANDED_ON = (EXIT_INPUT, EXIT_PARITY, EXIT_DIVERGED)
+_HANDED_ON = (EXIT_INPUT, EXIT_PARITY, EXIT_DIVERGED, EXIT_STOPPED)
 
 
 @dataclass(frozen=True)

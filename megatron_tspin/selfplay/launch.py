@@ -6,17 +6,19 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.errors import InputError
-from megatron_tspin.log import get_logger
+from megatron_tspin.config_launch import LaunchSection
+from megatron_tspin.errors import EXIT_OK, HangError, InputError
+from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger
 from megatron_tspin.selfplay.lock import RunLock
 from megatron_tspin.selfplay.plan import Stage
-
-LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
-"""Names the file to which the ranks of a stage also write their log lines and tracebacks."""
+from megatron_tspin.selfplay.watchdog import Watchdog, forget_beats, ranks_here
+from megatron_tspin.stop_request import STOP_SIGNALS, stop_requested
 
 _LAUNCHER_VARIABLES = frozenset({
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
@@ -28,6 +30,7 @@ _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_", "PMI2_", "HYDRA_",
 )  # fmt: skip
 _LOOK_SECONDS = 5.0
+_POLL_SECONDS = 0.5
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -76,6 +79,8 @@ def environment(config: Config, log_file: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # What torchrun hands on to its ranks; without being told, all but the last.
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         LOG_FILE_VARIABLE: str(log_file),
     }
 
@@ -120,43 +125,101 @@ def _is_of_a_launcher(name: str) -> bool:
     return name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)
 
 
-def run_process(argv: list[str], env: dict[str, str], lock: RunLock) -> int:
+def run_process(argv: list[str], env: dict[str, str], lock: RunLock, launch: LaunchSection) -> int:
     """Runs a stage to its end. Its stderr is the terminal's, so that progress bars work.
 
-    Whatever ends the wait (Ctrl-C, SIGTERM turned into an exception, a lock that was taken away) ends the stage first.
-    If this process dies without a chance to do that, the kernel ends the stage.
+    Whatever ends the wait (Ctrl-C, a lock that was taken away, a rank that hangs) ends the stage first. When this
+    process is asked to stop, the stage is. If this process dies without a chance to do that, the kernel ends the stage.
 
     Args:
         argv: Command line.
-        env: Environment.
+        env: Environment, with the stage's log file.
         lock: The run's, which the stage inherits; looked at and renewed while it runs.
+        launch: How long the stage may stand still, or take to stop.
 
     Returns:
         The exit code; 128 + the signal's number when a signal ended it.
+
+    Raises:
+        HangError: A rank stands still.
     """
     last_wish = signal.SIGTERM if "torch.distributed.run" in argv else signal.SIGKILL
+    log_file = Path(env[LOG_FILE_VARIABLE])
+    forget_beats(log_file)
     # A session of its own: Ctrl-C reaches the driver alone, which then ends the stage in order.
     child = subprocess.Popen(
         argv, env=env, pass_fds=(lock.descriptor,), start_new_session=True, preexec_fn=_die_with_parent(last_wish)
     )
     try:
-        code = _wait(child, lock)
+        code = _wait(child, lock, Watchdog(log_file, launch), _StopOfStage(child, log_file, launch.stop_seconds))
+    except HangError:
+        _kill(child)  # whoever hangs heeds nothing else
+        raise
     except BaseException:
         stop(child)
         raise
+    if code == EXIT_OK:
+        forget_beats(log_file)
     return 128 - code if code < 0 else code
 
 
-def _wait(child: "subprocess.Popen[bytes]", lock: RunLock) -> int:
+def _wait(child: "subprocess.Popen[bytes]", lock: RunLock, watchdog: Watchdog, stopping: "_StopOfStage") -> int:
+    looked = time.monotonic()
     while True:
         try:
-            return child.wait(_LOOK_SECONDS)
+            return child.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
+            stopping.see_to_it()
+            passed = time.monotonic() - looked
+            if passed < _LOOK_SECONDS:
+                continue
+            looked += passed
             try:
                 lock.check()
                 lock.renew()
             except OSError as error:  # a network file system that is away for a moment is no reason to end a stage
                 logger.warning("%s: %s; looking again", lock.path, error.strerror)
+            watchdog.look(min(passed, 2 * _LOOK_SECONDS))
+
+
+class _StopOfStage:
+    """Hands a request to stop on to the ranks, and ends a stage that does not heed it in time."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]", log_file: Path, seconds: float) -> None:
+        self._child, self._log_file, self._seconds = child, log_file, seconds
+        self._deadline: float | None = None
+
+    def see_to_it(self) -> None:
+        """To be called all the time."""
+        if stop_requested() is None:
+            return
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._seconds
+            self._ask()
+        elif time.monotonic() > self._deadline:
+            logger.warning("the stage did not stop within launch.stop_seconds = %g s and is ended", self._seconds)
+            stop(self._child)
+
+    def _ask(self) -> None:
+        """Each rank by itself: torchrun would give them 30 seconds."""
+        ranks = ranks_here(self._log_file)
+        if not ranks:  # it has only just begun
+            stop(self._child)
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, _as_ranks_know_it(stop_requested()))
+        logger.info("asked %d ranks to stop", len(ranks))
+
+
+def _as_ranks_know_it(request: str | None) -> signal.Signals:
+    """The driver heeds more signals than they do."""
+    return next((known for known in STOP_SIGNALS if known.name == request), signal.SIGTERM)
+
+
+def _kill(child: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECONDS) -> None:
@@ -167,8 +230,7 @@ def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECON
     try:
         child.wait(patience_seconds)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        _kill(child)
 
 
 def _die_with_parent(wish: signal.Signals) -> Callable[[], None]:

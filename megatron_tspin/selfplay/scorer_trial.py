@@ -6,6 +6,7 @@ A scorer may print, fork, hang, crash or end its process; none of that may reach
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from megatron_tspin.selfplay.launch import environment_without_launchers
 
 _LOADING_SECONDS = 120.0
 _SHOWN_LINES = 3
+_STUCK = re.compile(r'^Timeout \(.*\)!\nThread .*\n  File "(?P<file>[^"]+)", line (?P<line>\d+) in ', re.MULTILINE)
+"""How faulthandler begins; see `generation.scorer`."""
 
 
 def try_scorer(config: Config) -> None:
@@ -40,14 +43,23 @@ def try_scorer(config: Config) -> None:
                 f"{_LOADING_SECONDS + seconds:.0f} s"
             )
         if not answer.is_file():
-            last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_SHOWN_LINES:]
-            raise InputError(
-                f"evaluation.scorer = {scorer!r}: ended its process (exit code {code}) when tried on one example"
-                f"{': ' if last else ''}{' | '.join(last)}"
-            )
+            output = said.read_text(encoding="utf-8", errors="replace").strip()
+            raise InputError(f"evaluation.scorer = {scorer!r}: {_how_it_ended(output, code, seconds)}")
         problem = json.loads(answer.read_text(encoding="utf-8"))
     if problem is not None:
         raise InputError(problem)
+
+
+def _how_it_ended(output: str, code: int, seconds: float) -> str:
+    """What to say of a scorer whose process ended before it returned."""
+    stuck = _STUCK.search(output)
+    if stuck is not None:
+        return (
+            f"took more than {seconds:g} s for the first example, in a call that does not come back to Python "
+            f"({stuck['file']}:{stuck['line']})"
+        )
+    last = output.splitlines()[-_SHOWN_LINES:]
+    return f"ended its process (exit code {code}) when tried on one example{': ' if last else ''}{' | '.join(last)}"
 
 
 def _run(command: list[str], said: Path, seconds: float) -> int | None:

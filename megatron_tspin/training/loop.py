@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import DivergenceError
+from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger, progress_bar
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import Architecture
@@ -21,10 +22,11 @@ from megatron_tspin.objective.batches import BatchPlanner, Triplet
 from megatron_tspin.objective.forward import make_forward_step
 from megatron_tspin.objective.packing import row_packing, work_model
 from megatron_tspin.objective.roles import computed_roles
-from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas
+from megatron_tspin.parallel import Topology, any_rank, broadcast_from_last_pipeline_stage, sum_over_replicas
 from megatron_tspin.platform import device
 from megatron_tspin.precision import uses_delayed_scaling
 from megatron_tspin.step_metrics import SUMMED, TEACHING, StepMetrics
+from megatron_tspin.stop_request import stop_requested
 from megatron_tspin.training.learning_rate import learning_rate
 from megatron_tspin.training.optimizer import build_optimizer, gradient_norm, update
 
@@ -48,6 +50,7 @@ class Trainer:
         optimizer: megatron-core's optimizer.
         num_steps: Steps of the iteration.
         done: Steps made so far.
+        stopping: A rank was asked to stop, so that the step just made is the last for now.
     """
 
     config: Config
@@ -57,6 +60,7 @@ class Trainer:
     optimizer: Any
     num_steps: int
     done: int = 0
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         self.roles = computed_roles(self.config.objective.method, iteration_beta(self.config, self.iteration))
@@ -149,7 +153,7 @@ class Trainer:
         global_batch: Callable[[int], list[Triplet]],
         on_step: Callable[[StepMetrics], None],
     ) -> None:
-        """Makes the steps that are left.
+        """Makes the steps that are left, or some of them when a stop is requested.
 
         Args:
             global_batch: The triplets of a step, counted from 0.
@@ -162,10 +166,14 @@ class Trainer:
         title = f"train iteration {self.iteration}"
         with progress_bar(title, self.num_steps, "step", self.topology.speaks, done=self.done) as bar:
             while self.done < self.num_steps:
+                beat(f"{title}, step {self.done + 1}")
                 metrics = self.train_step(global_batch(self.done))
+                self.stopping = any_rank(stop_requested() is not None, self.topology)
                 on_step(metrics)
                 bar.set_postfix(loss=f"{metrics.loss:.4g}", refresh=False)
                 bar.update()
+                if self.stopping:
+                    break
 
 
 def batch_planner(

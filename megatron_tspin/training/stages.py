@@ -9,7 +9,7 @@ from megatron_tspin.checkpoint.manifest import read_manifest
 from megatron_tspin.checkpoint.policies import load_policy, newest_whole, policy_checkpoint
 from megatron_tspin.checkpoint.store import load_checkpoint, load_masters, save_checkpoint
 from megatron_tspin.config import Config
-from megatron_tspin.errors import ArtifactError
+from megatron_tspin.errors import ArtifactError, StoppedError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_chunks
 from megatron_tspin.models.hf_config import read_architecture
@@ -24,6 +24,7 @@ from megatron_tspin.precision import describe, uses_transformer_engine
 from megatron_tspin.records import PrecisionNoise, ScoredResponse
 from megatron_tspin.run_folder import RunFolder, step_folder, step_folders, step_leftovers, step_of
 from megatron_tspin.step_metrics import StepMetrics
+from megatron_tspin.stop_request import heeded, stop_requested
 from megatron_tspin.storage import refuse_existing, sha256_file, write_text
 from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
@@ -134,15 +135,22 @@ def _train(
     def after_step(metrics: StepMetrics) -> None:
         if writer is not None:
             writer.write(metrics)
-        if trainer.done == trainer.num_steps or trainer.done % interval == 0:
+        if trainer.stopping or trainer.done == trainer.num_steps or trainer.done % interval == 0:
             on_first_rank(source.check_unchanged, topology)
             save_step(trainer, checkpoints, began_with)
 
     try:
-        trainer.train(source.global_batch, after_step)
+        with heeded():
+            trainer.train(source.global_batch, after_step)
     finally:
         if writer is not None:
             writer.close()
+    if trainer.done < trainer.num_steps:
+        wait_for_all_ranks()  # whoever ends first lets torchrun end the others
+        raise StoppedError(
+            f"stopped as {stop_requested() or 'another rank was'} asked: iteration {trainer.iteration} is saved after "
+            f"step {trainer.done} of {trainer.num_steps}"
+        )
 
 
 def save_step(trainer: Trainer, checkpoints: Path, began_with: dict[str, Any]) -> None:

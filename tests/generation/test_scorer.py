@@ -1,5 +1,9 @@
 """The user's scorer: found, or refused by name."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +74,27 @@ def test_a_scorer_that_fails_is_named_with_its_line_and_the_example(tmp_path: Pa
 @pytest.mark.parametrize("score", [True, 0, 1, 0.25])
 def test_scores_become_numbers(score: Any) -> None:
     assert score_answer(lambda record, text: score, {}, "", "q7") == float(score)
+
+
+def test_whatever_it_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    def loud(record: Any, text: str) -> float:
+        sys.stdout.write("from python\n")
+        os.write(1, b"from os\n")
+        ctypes.CDLL(None).puts(b"from C")
+        return 1.0
+
+    assert score_answer(loud, {}, "", "q7") == 1.0
+    sys.stdout.write("after it\n")
+    out, err = capfd.readouterr()
+    assert out == "after it\n"
+    assert sorted(err.splitlines()) == ["from C", "from os", "from python"]
+
+
+@pytest.mark.processes
+def test_a_call_that_does_not_come_back_ends_the_process() -> None:
+    code = (
+        "from megatron_tspin.generation.scorer import score_answer\n"
+        "score_answer(lambda record, text: sum(range(10 ** 13)), {}, '', 'q7', 0.1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "in <lambda>" in done.stderr

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.errors import TspinError
 from megatron_tspin.log import set_up_logging
 from tests.selfplay.fake_world import FakeRun, tree_of
 
@@ -11,4 +12,8 @@ if __name__ == "__main__":
     world = Path(sys.argv[1])
     set_up_logging()
     run = FakeRun(world, Config.model_validate(tree_of(world)), behave=False)
-    sys.exit(run.go())
+    try:
+        sys.exit(run.go())
+    except TspinError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)

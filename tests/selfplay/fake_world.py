@@ -1,6 +1,7 @@
 """A small world for the driver: input files that preflight accepts, and stages that are tiny scripts."""
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from megatron_tspin.checkpoint.families import LM_HEAD, weights
 from megatron_tspin.config import Config
+from megatron_tspin.log import LOG_FILE_VARIABLE
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import Stage
@@ -97,6 +99,11 @@ def tree_of(world: Path, **overrides: Any) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a stage whose log is in a folder."""
+    return {**os.environ, LOG_FILE_VARIABLE: str(folder / "stage.log")}
 
 
 class FakeRun:

@@ -49,6 +49,9 @@ OTHER: dict[str, Any] = {
     "generation.data_parallel_size": 1,
     "self_play.keep_policies": 1,
     "evaluation.scorer_seconds": 5.0,
+    "launch.hang_seconds": 50.0,
+    "launch.long_hang_seconds": 500.0,
+    "launch.stop_seconds": 50.0,
 }
 """Another value for everything that may change, but for run_dir."""
 NEEDED: dict[str, dict[str, Any]] = {

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tspin.errors import InputError
+from megatron_tspin.config_launch import LaunchSection
+from megatron_tspin.errors import EXIT_STAGE, EXIT_STOPPED, InputError
 from megatron_tspin.selfplay import launch
 from megatron_tspin.selfplay.lock import run_lock
-from tests.selfplay.fake_world import FakeRun
+from tests.selfplay.fake_world import FakeRun, environment
 
 pytestmark = pytest.mark.processes
 
@@ -101,12 +102,20 @@ def test_sigkill_of_the_stage(fake: FakeRun, drive: Callable[[], "subprocess.Pop
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     _, errors = driver.communicate(timeout=20)
-    assert driver.returncode == 1  # drive.py does not catch the error, `tspin` does
+    assert driver.returncode == EXIT_STAGE
     assert "rollout_001" in errors and "SIGKILL" in errors
     check_it_continues(fake, "rollout_001")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, None)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, EXIT_STOPPED),
+        (signal.SIGUSR1, EXIT_STOPPED),
+        (signal.SIGHUP, EXIT_STOPPED),
+        (signal.SIGINT, None),
+    ],
+)
 def test_signals_end_driver_and_stage(
     fake: FakeRun, drive: Callable[[], "subprocess.Popen[str]"], number: signal.Signals, code: int | None
 ) -> None:
@@ -175,4 +184,7 @@ def test_a_stage_that_ignores_sigterm_is_killed() -> None:
 def test_exit_code_of_a_signal(tmp_path: Path) -> None:
     with run_lock(tmp_path) as lock:
         code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-        assert launch.run_process([sys.executable, "-c", code], dict(os.environ), lock) == 128 + signal.SIGSEGV
+        assert (
+            launch.run_process([sys.executable, "-c", code], environment(tmp_path), lock, LaunchSection())
+            == 128 + signal.SIGSEGV
+        )

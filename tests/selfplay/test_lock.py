@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import launch, lock
 from megatron_tspin.selfplay.lock import run_lock
-from tests.selfplay.fake_world import FakeRun
+from tests.selfplay.fake_world import FakeRun, environment
 
 
 def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,9 @@ def test_a_stage_is_ended_when_the_run_is_taken(tmp_path: Path, monkeypatch: pyt
         threading.Timer(0.5, (tmp_path / ".lock").unlink).start()
         started = time.monotonic()
         with pytest.raises(InputError, match="was removed under this driver"):
-            launch.run_process([sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), held)
+            launch.run_process(
+                [sys.executable, "-c", "import time; time.sleep(600)"], environment(tmp_path), held, LaunchSection()
+            )
         assert time.monotonic() - started < 60
 
 
@@ -76,8 +79,8 @@ def test_a_file_system_that_is_away_for_a_moment_ends_nothing(
 
     with run_lock(tmp_path) as held:
         monkeypatch.setattr(lock.RunLock, "check", away)
-        code = "import time; time.sleep(0.7)"
-        assert launch.run_process([sys.executable, "-c", code], dict(os.environ), held) == 0
+        code = "import time; time.sleep(2.0)"
+        assert launch.run_process([sys.executable, "-c", code], environment(tmp_path), held, LaunchSection()) == 0
         assert len(looks) > 1 and "Stale file handle; looking again" in caplog.text
 
 

@@ -58,10 +58,12 @@ def test_a_scorer_that_forks_comes_back_once(world: Path, config_of: Callable[..
         (["def score(r, t):", "    return r['gold']"], "{file}:2: the scorer `score` failed for example 1: KeyError"),
         (["import os", "def score(r, t):", "    os._exit(7)"], "ended its process (exit code 7) when tried on one"),
         (["def score(r, t):", "    while True: pass"], "the scorer `score` took more than 0.5 s for example 1"),
+        (["def score(r, t):", "    return sum(range(10 ** 13))"],
+         "took more than 0.5 s for the first example, in a call that does not come back to Python ({file}:2)"),
         (["def score(r, t): return 10 ** 400"], "the scorer `score` returned 1000"),
         (["def score(r, t): return None"], "the scorer `score` returned None for example 1; it must return a number"),
     ],
-    ids=["import", "exit", "error", "gone", "slow", "huge", "none"],
+    ids=["import", "exit", "error", "gone", "slow", "stuck", "huge", "none"],
 )  # fmt: skip
 def test_what_is_wrong_is_named(lines: list[str], message: str, world: Path, config_of: Callable[..., Config]) -> None:
     written(world, *lines)
