@@ -65,8 +65,8 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("value", "fits"),
-    [("eth", True), ("=eth", False), ("=eth0", True), ("ib", False), ("ib,lo", True), ("^lo,docker", True), ("^=lo", True),
-     ("^lo,eth", False)],
+    [("eth", True), ("=eth", False), ("=eth0", True), ("ib", False), ("ib,lo", True), ("^lo,docker", True),
+     ("^=lo", True), ("^lo,eth", False)],
 )  # fmt: skip
 def test_interfaces_as_nccl_reads_them(value: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_interfaces", lambda: ["lo", "eth0"])
@@ -119,9 +119,8 @@ def test_a_late_rank_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     with said_when_late(0.05):
         time.sleep(1.0)
     (said,) = caplog.messages
-    assert said.startswith("rank 0 of 2 on host ") and said.endswith(
-        "has waited 0.05 s for the others at 127.0.0.1:29500 so far"
-    )
+    assert said.startswith("rank 0 of 2 on host ")
+    assert said.endswith(" has waited 0.05 s for the others at 127.0.0.1:29500 so far")
 
 
 @pytest.mark.processes
