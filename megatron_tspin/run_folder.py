@@ -54,9 +54,23 @@ class RunFolder:
         """What a stage read and wrote, there once it is done."""
         return self.markers / f"{stage}.json"
 
+    @property
+    def logs(self) -> Path:
+        """What stages and jobs said."""
+        return self.root / "logs"
+
     def log(self, stage: str) -> Path:
         """What a stage said."""
-        return self.root / "logs" / f"{stage}.log"
+        return self.logs / f"{stage}.log"
+
+    def job_log(self, job: str) -> Path:
+        """What a Slurm job's driver said; `job` is its number."""
+        return self.logs / f"slurm-{job}.out"
+
+    @property
+    def batch_script(self) -> Path:
+        """The script of the run's Slurm jobs."""
+        return self.root / "submit.sh"
 
     def iteration(self, iteration: int) -> Path:
         """Folder of a self-play iteration."""

@@ -21,6 +21,7 @@ from megatron_tspin.cli import (
     rollout,
     run,
     score,
+    submit,
     tokenize,
     train,
 )
@@ -28,6 +29,7 @@ from megatron_tspin.cli.arguments import EXIT_CODES
 from megatron_tspin.errors import EXIT_FAILED, DiskFullError, LostRankError, StoppedError, TspinError
 from megatron_tspin.heartbeat import start_beating
 from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger, set_up_logging
+from megatron_tspin.rank_variables import adopt_launcher
 from megatron_tspin.run_folder import beats_folder
 from megatron_tspin.selfplay.failure import Failure, record_failure
 from megatron_tspin.selfplay.launch import forget_launchers, refuse_other_drivers
@@ -36,8 +38,21 @@ from megatron_tspin.storage import explain_full, is_full
 EXIT_INTERRUPTED = 130
 
 _COMMANDS = (
-    run, quickstart, tokenize, convert, rollout, train, generate, evaluate, score, export, report, checkpoint, bench,
-)  # fmt: skip
+    run,
+    submit,
+    quickstart,
+    tokenize,
+    convert,
+    rollout,
+    train,
+    generate,
+    evaluate,
+    score,
+    export,
+    report,
+    checkpoint,
+    bench,
+)
 
 _DESCRIPTION = """T-SPIN: triplet-based self-play fine-tuning of language models on megatron-core.
 
@@ -57,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A rank that failed among others does not return but ends the process.
     """
     args = build_parser().parse_args(argv)
-    launched_as = forget_launchers() if getattr(args, "drives", False) else 0
+    launched_as = 0
+    if getattr(args, "drives", False):
+        launched_as = forget_launchers()
+    else:
+        adopt_launcher(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     _set_up_log(rank)
     try:

@@ -23,6 +23,7 @@ from megatron_tspin.log import get_logger
 from megatron_tspin.run_folder import RunFolder, beats_folder
 from megatron_tspin.selfplay import launch, markers
 from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failure
+from megatron_tspin.selfplay.launchers import Launcher, launcher_of
 from megatron_tspin.selfplay.lock import RunLock, run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
 from megatron_tspin.selfplay.preflight import preflight
@@ -51,7 +52,7 @@ def run(
     config: Config,
     dry_run: bool = False,
     on_iteration: Callable[[Path], None] = lambda run_dir: None,
-    command: launch.Command = launch.command,
+    launcher: Launcher | None = None,
     check: Callable[[Config], None] = check_before,
     repair: bool = False,
 ) -> int:
@@ -61,7 +62,7 @@ def run(
         config: The run.
         dry_run: Only print the commands and what is done, write nothing.
         on_iteration: Called with the run directory after each rollout stage.
-        command: Command line of a stage.
+        launcher: Starts the ranks of stages. Default: the configured one.
         check: Refuses what cannot work before anything starts.
         repair: Make again what of finished stages is damaged, instead of refusing to go on; what is whole is kept.
 
@@ -75,12 +76,13 @@ def run(
     config = with_absolute_paths(config, Path.cwd())
     config = with_template_date(config, datetime.date.today().isoformat())
     run_dir = Path(config.run_dir)
+    launcher = launcher or launcher_of(config)
     check_same_config(config)
     check(config)
     if dry_run:
         for name, paths in (damaged_stages(config) if repair else {}).items():
             sys.stdout.write(f"{name:<12} damaged  {', '.join(map(str, paths))}\n")
-        _show(config, command)
+        _show(config, launcher)
         return EXIT_OK
     with heeded(_stop_signals(), _on_request), run_lock(run_dir) as lock:
         for stage in _reopened(config):
@@ -89,7 +91,7 @@ def run(
             remove_damage(config)
         write_config(config)
         for stage in plan(config):
-            _bring_about(stage, config, command(stage), lock, repair)
+            _bring_about(stage, config, launcher, lock, repair)
             if stage.name.startswith("rollout"):
                 release_policies(config, latest=int(stage.name.removeprefix("rollout_")))
                 on_iteration(run_dir)
@@ -105,17 +107,17 @@ def _reopened(config: Config) -> list[Stage]:
     return [stage for stage in plan(config) if stage.name in names]
 
 
-def _show(config: Config, command: launch.Command) -> None:
+def _show(config: Config, launcher: Launcher) -> None:
     """The plan for people, on stdout."""
     reopened = _reopened(config)
     for stage in plan(config):
         state = "to do"
         if markers.is_done(stage, Path(config.run_dir)) and stage not in reopened:
             state = "changed" if markers.differences(stage, config) else "done"
-        sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(command(stage))}\n")
+        sys.stdout.write(f"{stage.name:<12} {state:<8} {launch.shown(launcher.command(stage))}\n")
 
 
-def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock, repair: bool) -> None:
+def _bring_about(stage: Stage, config: Config, launcher: Launcher, lock: RunLock, repair: bool) -> None:
     """Runs a stage unless it is done."""
     run_dir = Path(config.run_dir)
     if markers.is_done(stage, run_dir):
@@ -130,10 +132,11 @@ def _bring_about(stage: Stage, config: Config, command: list[str], lock: RunLock
                 remove(path)
         logger.info("stage %s: again, because %s", stage.name, "; ".join(changed))
     _stop_if_requested(f"stage {stage.name}")
-    _execute(stage, config, command, lock)
+    _execute(stage, config, launcher, lock)
 
 
-def _execute(stage: Stage, config: Config, command: list[str], lock: RunLock) -> None:
+def _execute(stage: Stage, config: Config, launcher: Launcher, lock: RunLock) -> None:
+    command = launcher.command(stage)
     run_dir = Path(config.run_dir)
     log_file = RunFolder(run_dir).log(stage.name)
     log_file.parent.mkdir(exist_ok=True)
@@ -142,7 +145,7 @@ def _execute(stage: Stage, config: Config, command: list[str], lock: RunLock) ->
     started, start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     logger.info("stage %s: %s", stage.name, launch.shown(command))
     try:
-        code = launch.run_process(command, launch.environment(config, log_file), lock, config.launch)
+        code = launch.run_process(stage, launcher, launch.environment(config, log_file), lock, config.launch)
     except HangError as error:
         hung = _failed(stage, f"was ended after {time.monotonic() - start:.0f} s", str(error), log_file)
         _write_outcome(log_file, str(hung))

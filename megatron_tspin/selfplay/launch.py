@@ -1,6 +1,7 @@
 """Starts the processes of a stage and makes sure that they never outlive the driver."""
 
 import ctypes
+import math
 import os
 import shlex
 import signal
@@ -8,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.errors import EXIT_OK, HangError, InputError
 from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger
+from megatron_tspin.selfplay.launchers import Child, Launcher
 from megatron_tspin.selfplay.lock import RunLock
 from megatron_tspin.selfplay.plan import Stage
-from megatron_tspin.selfplay.watchdog import Watchdog, forget_beats, ranks_here
+from megatron_tspin.selfplay.watchdog import Watchdog, forget_beats
 from megatron_tspin.stop_request import STOP_SIGNALS, stop_requested
 
 _LAUNCHER_VARIABLES = frozenset({
@@ -36,27 +37,14 @@ _PR_SET_PDEATHSIG = 1
 
 logger = get_logger(__name__)
 
-Command = Callable[[Stage], list[str]]
-
-
-def command(stage: Stage) -> list[str]:
-    """The command line of a stage: Python alone for one rank, which saves torchrun's start, else torchrun."""
-    program = ["-m", "megatron_tspin", *stage.arguments]
-    if stage.world_size == 1:
-        return [sys.executable, *program]
-    return [sys.executable, "-m", "torch.distributed.run", *_torchrun_options(stage.world_size), *program]
-
-
-def _torchrun_options(world_size: int) -> list[str]:
-    """Leaves the port to torchrun, which opens it: one that was free a moment ago may be taken by then."""
-    return ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(world_size)]
-
 
 def shown(argv: list[str]) -> str:
     """A command line for people: short, and they can paste it into a shell in this folder."""
     words = [_from_here(word) for word in argv]
     if "megatron_tspin" in words:
         start = words.index("megatron_tspin")
+        if words[0] == "srun":
+            return shlex.join(words)
         several = "torch.distributed.run" in words
         words = ["torchrun", *words[3 : start + 1]] * several + ["tspin"] * (not several) + words[start + 1 :]
     return shlex.join(words)
@@ -125,17 +113,18 @@ def _is_of_a_launcher(name: str) -> bool:
     return name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)
 
 
-def run_process(argv: list[str], env: dict[str, str], lock: RunLock, launch: LaunchSection) -> int:
+def run_process(stage: Stage, launcher: Launcher, env: dict[str, str], lock: RunLock, settings: LaunchSection) -> int:
     """Runs a stage to its end. Its stderr is the terminal's, so that progress bars work.
 
     Whatever ends the wait (Ctrl-C, a lock that was taken away, a rank that hangs) ends the stage first. When this
     process is asked to stop, the stage is. If this process dies without a chance to do that, the kernel ends the stage.
 
     Args:
-        argv: Command line.
+        stage: What to run.
+        launcher: Who starts its ranks.
         env: Environment, with the stage's log file.
         lock: The run's, which the stage inherits; looked at and renewed while it runs.
-        launch: How long the stage may stand still, or take to stop.
+        settings: How long the stage may stand still, or take to stop.
 
     Returns:
         The exit code; 128 + the signal's number when a signal ended it.
@@ -143,27 +132,35 @@ def run_process(argv: list[str], env: dict[str, str], lock: RunLock, launch: Lau
     Raises:
         HangError: A rank stands still.
     """
-    last_wish = signal.SIGTERM if "torch.distributed.run" in argv else signal.SIGKILL
     log_file = Path(env[LOG_FILE_VARIABLE])
     forget_beats(log_file)
     # A session of its own: Ctrl-C reaches the driver alone, which then ends the stage in order.
     child = subprocess.Popen(
-        argv, env=env, pass_fds=(lock.descriptor,), start_new_session=True, preexec_fn=_die_with_parent(last_wish)
+        launcher.command(stage),
+        env=env,
+        pass_fds=(lock.descriptor,),
+        start_new_session=True,
+        preexec_fn=_die_with_parent(launcher.last_wish(stage)),
     )
+
+    def send(number: signal.Signals) -> bool:
+        return launcher.send(number, child, log_file)
+
     try:
-        code = _wait(child, lock, Watchdog(log_file, launch), _StopOfStage(child, log_file, launch.stop_seconds))
+        watchdog = Watchdog(log_file, settings, send)
+        code = _wait(child, lock, watchdog, _StopOfStage(child, send, settings.stop_seconds))
     except HangError:
-        _kill(child)  # whoever hangs heeds nothing else
+        launcher.kill(child)  # whoever hangs heeds nothing else
         raise
     except BaseException:
-        stop(child)
+        stop(child, launcher)
         raise
     if code == EXIT_OK:
         forget_beats(log_file)
     return 128 - code if code < 0 else code
 
 
-def _wait(child: "subprocess.Popen[bytes]", lock: RunLock, watchdog: Watchdog, stopping: "_StopOfStage") -> int:
+def _wait(child: Child, lock: RunLock, watchdog: Watchdog, stopping: "_StopOfStage") -> int:
     looked = time.monotonic()
     while True:
         try:
@@ -185,52 +182,41 @@ def _wait(child: "subprocess.Popen[bytes]", lock: RunLock, watchdog: Watchdog, s
 class _StopOfStage:
     """Hands a request to stop on to the ranks, and ends a stage that does not heed it in time."""
 
-    def __init__(self, child: "subprocess.Popen[bytes]", log_file: Path, seconds: float) -> None:
-        self._child, self._log_file, self._seconds = child, log_file, seconds
+    def __init__(self, child: Child, send: Callable[[signal.Signals], bool], seconds: float) -> None:
+        self._child, self._send, self._seconds = child, send, seconds
         self._deadline: float | None = None
 
     def see_to_it(self) -> None:
         """To be called all the time."""
-        if stop_requested() is None:
+        request = stop_requested()
+        if request is None:
             return
         if self._deadline is None:
             self._deadline = time.monotonic() + self._seconds
-            self._ask()
+            if self._send(_as_ranks_know_it(request)):
+                logger.info("asked the ranks to stop")
+            else:  # they have only just begun
+                self._child.terminate()
         elif time.monotonic() > self._deadline:
             logger.warning("the stage did not stop within launch.stop_seconds = %g s and is ended", self._seconds)
-            stop(self._child)
-
-    def _ask(self) -> None:
-        """Each rank by itself: torchrun would give them 30 seconds."""
-        ranks = ranks_here(self._log_file)
-        if not ranks:  # it has only just begun
-            stop(self._child)
-        for pid in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(pid, _as_ranks_know_it(stop_requested()))
-        logger.info("asked %d ranks to stop", len(ranks))
+            self._child.terminate()
+            self._deadline = math.inf
 
 
-def _as_ranks_know_it(request: str | None) -> signal.Signals:
+def _as_ranks_know_it(request: str) -> signal.Signals:
     """The driver heeds more signals than they do."""
     return next((known for known in STOP_SIGNALS if known.name == request), signal.SIGTERM)
 
 
-def _kill(child: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def stop(child: "subprocess.Popen[bytes]", patience_seconds: float = _STOP_SECONDS) -> None:
-    """Ends a stage: SIGTERM, so that torchrun ends its ranks; SIGKILL if that did not help, or Ctrl-C came again."""
+def stop(child: Child, launcher: Launcher, patience_seconds: float = _STOP_SECONDS) -> None:
+    """Ends a stage: SIGTERM, so that torchrun or srun ends its ranks; more if that does not help, or Ctrl-C comes."""
     if child.poll() is not None:
         return
     os.killpg(child.pid, signal.SIGTERM)
     try:
         child.wait(patience_seconds)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        _kill(child)
+        launcher.kill(child)
 
 
 def _die_with_parent(wish: signal.Signals) -> Callable[[], None]:

@@ -6,12 +6,12 @@ the one with fewer beats.
 """
 
 import re
+import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from os import kill
 from pathlib import Path
 from traceback import FrameSummary
 
@@ -62,10 +62,11 @@ class Watchdog:
     Args:
         log_file: The stage's, beside which its ranks say what they do.
         settings: How long they may stand still.
+        send: Sends a signal to all of them.
     """
 
-    def __init__(self, log_file: Path, settings: LaunchSection) -> None:
-        self._folder, self._log_file, self._settings = beats_folder(log_file), log_file, settings
+    def __init__(self, log_file: Path, settings: LaunchSection, send: Callable[[signal.Signals], bool]) -> None:
+        self._folder, self._log_file, self._settings, self._send = beats_folder(log_file), log_file, settings, send
         self._seen: dict[int, _Seen] = {}
 
     def look(self, passed: float) -> None:
@@ -107,13 +108,11 @@ class Watchdog:
         return "\n".join(lines)
 
     def _places(self) -> list[_Place]:
-        """Where the ranks of this host are; of another host's only the last beat is known."""
-        here = [seen for seen in self._seen.values() if _is_rank_of(seen.beat, self._log_file)]
-        states = {seen.beat.rank: _state(seen.beat.pid) for seen in here}
-        for seen in here:
-            with suppress(OSError):
-                kill(seen.beat.pid, STACK_SIGNAL)
-        stacks = self._stacks(seen.beat.rank for seen in here if states[seen.beat.rank] != "T")
+        """Where the ranks are; in which state a process is can only be seen on this host."""
+        here = [seen.beat for seen in self._seen.values() if is_rank_of(seen.beat, self._log_file)]
+        states = {beat.rank: _state(beat.pid) for beat in here}
+        self._send(STACK_SIGNAL)
+        stacks = self._stacks(rank for rank in self._seen if states.get(rank) != "T")
         everyone = sorted(self._seen.values(), key=lambda seen: seen.beat.rank)
         return [_Place(seen, states.get(seen.beat.rank), stacks.get(seen.beat.rank, ())) for seen in everyone]
 
@@ -140,7 +139,7 @@ def forget_beats(log_file: Path) -> None:
 
 def ranks_here(log_file: Path) -> list[int]:
     """Process ids of the ranks of the stage with this log that run on this host."""
-    return [beat.pid for beat in read_beats(beats_folder(log_file)) if _is_rank_of(beat, log_file)]
+    return [beat.pid for beat in read_beats(beats_folder(log_file)) if is_rank_of(beat, log_file)]
 
 
 def read_stack(text: str) -> list[FrameSummary]:
@@ -151,7 +150,7 @@ def read_stack(text: str) -> list[FrameSummary]:
     return lines[::-1]
 
 
-def _is_rank_of(beat: Beat, log_file: Path) -> bool:
+def is_rank_of(beat: Beat, log_file: Path) -> bool:
     """Whether the rank lives on this host: its process id may be another process's by now."""
     if beat.host != socket.gethostname():
         return False

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from tokenizers import Tokenizer, models
 
 from megatron_tspin.checkpoint.families import LM_HEAD, weights
 from megatron_tspin.config import Config
+from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.log import LOG_FILE_VARIABLE
 from megatron_tspin.models.hf_config import read_architecture
-from megatron_tspin.selfplay import driver
+from megatron_tspin.selfplay import driver, launch
+from megatron_tspin.selfplay.launchers import LocalLauncher
+from megatron_tspin.selfplay.lock import RunLock
 from megatron_tspin.selfplay.plan import Stage
 
 FAKE_STAGE = Path(__file__).with_name("fake_stage.py")
@@ -106,11 +110,28 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, LOG_FILE_VARIABLE: str(folder / "stage.log")}
 
 
+class FakeLauncher(LocalLauncher):
+    """Starts commands of a test's own."""
+
+    def __init__(self, command: Callable[[Stage], list[str]]) -> None:
+        self._command = command
+
+    def command(self, stage: Stage) -> list[str]:
+        return self._command(stage)
+
+
+def run_command(argv: list[str], env: dict[str, str], lock: RunLock, settings: LaunchSection | None = None) -> int:
+    """A command as the driver runs a stage."""
+    stage = Stage("stage", (), 1, (), ())
+    return launch.run_process(stage, FakeLauncher(lambda _: argv), env, lock, settings or LaunchSection())
+
+
 class FakeRun:
     """A run whose stages are tiny scripts."""
 
     def __init__(self, world: Path, config: Config, behave: bool = True) -> None:
         self.world, self.config, self.run_dir = world, config, Path(config.run_dir)
+        self.launcher = FakeLauncher(self.command)
         self.tables = 0
         if behave:
             self.behave()
@@ -129,7 +150,7 @@ class FakeRun:
 
     def go(self, config: Config | None = None) -> int:
         return driver.run(
-            config or self.config, on_iteration=self.count_table, command=self.command, check=lambda config: None
+            config or self.config, on_iteration=self.count_table, launcher=self.launcher, check=lambda config: None
         )
 
     def take_started(self) -> list[str]:

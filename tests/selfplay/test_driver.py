@@ -250,7 +250,7 @@ def test_dry_run_writes_nothing(fake: FakeRun, capsys: pytest.CaptureFixture[str
 def test_bad_input_changes_nothing(fake: FakeRun) -> None:
     (fake.world / "train.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"train\.jsonl:1"):
-        driver.run(fake.config, command=fake.command)
+        driver.run(fake.config, launcher=fake.launcher)
     assert not fake.run_dir.exists()
     assert fake.take_started() == []
 

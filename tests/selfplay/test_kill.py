@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.errors import EXIT_STAGE, EXIT_STOPPED, InputError
 from megatron_tspin.selfplay import launch
+from megatron_tspin.selfplay.launchers import LocalLauncher
 from megatron_tspin.selfplay.lock import run_lock
-from tests.selfplay.fake_world import FakeRun, environment
+from tests.selfplay.fake_world import FakeRun, environment, run_command
 
 pytestmark = pytest.mark.processes
 
@@ -176,7 +176,7 @@ def test_a_stage_that_ignores_sigterm_is_killed() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert child.stdout is not None
     child.stdout.readline()
-    launch.stop(child, patience_seconds=0.2)
+    launch.stop(child, LocalLauncher(), patience_seconds=0.2)
     assert child.returncode == -signal.SIGKILL
     child.stdout.close()
 
@@ -184,7 +184,4 @@ def test_a_stage_that_ignores_sigterm_is_killed() -> None:
 def test_exit_code_of_a_signal(tmp_path: Path) -> None:
     with run_lock(tmp_path) as lock:
         code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-        assert (
-            launch.run_process([sys.executable, "-c", code], environment(tmp_path), lock, LaunchSection())
-            == 128 + signal.SIGSEGV
-        )
+        assert run_command([sys.executable, "-c", code], environment(tmp_path), lock) == 128 + signal.SIGSEGV

@@ -8,13 +8,14 @@ import pytest
 from megatron_tspin.config import Config
 from megatron_tspin.selfplay import launch
 from megatron_tspin.selfplay.failure import Failure, clear_failure, failure_file, read_failure, record_failure
+from megatron_tspin.selfplay.launchers import LocalLauncher
 from megatron_tspin.selfplay.plan import plan
 
 
 def test_one_rank_needs_no_torchrun(config_of: Callable[..., Config]) -> None:
     stage = next(stage for stage in plan(config_of()) if stage.name == "train_001")
     run_yaml = str(Path(config_of().run_dir) / "run.yaml")
-    assert launch.command(stage) == [
+    assert LocalLauncher().command(stage) == [
         sys.executable, "-m", "megatron_tspin", "train", "--config", run_yaml, "--iteration", "1",
     ]  # fmt: skip
 
@@ -22,7 +23,7 @@ def test_one_rank_needs_no_torchrun(config_of: Callable[..., Config]) -> None:
 def test_several_ranks_use_torchrun(config_of: Callable[..., Config]) -> None:
     config = config_of(parallel__tensor_model_parallel_size=2)
     stage = next(stage for stage in plan(config) if stage.name == "convert")
-    command = launch.command(stage)
+    command = LocalLauncher().command(stage)
     assert command[1:4] == ["-m", "torch.distributed.run", "--standalone"]  # which finds a port by itself
     assert command[4:11] == ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "megatron_tspin", "convert"]
 
@@ -56,8 +57,8 @@ def test_commands_are_shown_short(
         for size in (1, 2)
     )
     words = "train --config run/run.yaml --iteration 1"
-    assert launch.shown(launch.command(one)) == f"tspin {words}"
-    assert launch.shown(launch.command(several)) == (
+    assert launch.shown(LocalLauncher().command(one)) == f"tspin {words}"
+    assert launch.shown(LocalLauncher().command(several)) == (
         f"torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_tspin {words}"
     )
 

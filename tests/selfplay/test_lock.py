@@ -17,7 +17,7 @@ from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.errors import InputError
 from megatron_tspin.selfplay import launch, lock
 from megatron_tspin.selfplay.lock import run_lock
-from tests.selfplay.fake_world import FakeRun, environment
+from tests.selfplay.fake_world import FakeRun, environment, run_command
 
 
 def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_stage_is_ended_when_the_run_is_taken(tmp_path: Path, monkeypatch: pyt
         threading.Timer(0.5, (tmp_path / ".lock").unlink).start()
         started = time.monotonic()
         with pytest.raises(InputError, match="was removed under this driver"):
-            launch.run_process(
+            run_command(
                 [sys.executable, "-c", "import time; time.sleep(600)"], environment(tmp_path), held, LaunchSection()
             )
         assert time.monotonic() - started < 60
@@ -80,7 +80,7 @@ def test_a_file_system_that_is_away_for_a_moment_ends_nothing(
     with run_lock(tmp_path) as held:
         monkeypatch.setattr(lock.RunLock, "check", away)
         code = "import time; time.sleep(2.0)"
-        assert launch.run_process([sys.executable, "-c", code], environment(tmp_path), held, LaunchSection()) == 0
+        assert run_command([sys.executable, "-c", code], environment(tmp_path), held) == 0
         assert len(looks) > 1 and "Stale file handle; looking again" in caplog.text
 
 

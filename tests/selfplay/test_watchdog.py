@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,15 +17,17 @@ from megatron_tspin.errors import HangError
 from megatron_tspin.heartbeat import Beat, read_beats
 from megatron_tspin.run_folder import beats_folder
 from megatron_tspin.selfplay import watchdog
-from megatron_tspin.selfplay.launch import run_process
+from megatron_tspin.selfplay.launchers import LocalLauncher
 from megatron_tspin.selfplay.lock import run_lock
 from megatron_tspin.selfplay.watchdog import Watchdog, read_stack
-from tests.selfplay.fake_world import environment
+from tests.selfplay.fake_world import environment, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("standing_still.py")
 LIMITS = LaunchSection(hang_seconds=10, long_hang_seconds=100)
 STEP = Beat(0, 1, "elsewhere", 5, "train iteration 0, step 2", "step")
+
+NO_CHILD: Any = None
 
 Start = Callable[..., "list[subprocess.Popen[bytes]]"]
 
@@ -59,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def explained(log_file: Path) -> list[str]:
     """What is said once the ranks have stood still for too long."""
-    dog = Watchdog(log_file, LIMITS)
+    dog = Watchdog(log_file, LIMITS, lambda number: LocalLauncher().send(number, NO_CHILD, log_file))
     for _ in range(3):
         dog.look(5.0)
     with pytest.raises(HangError) as caught:
@@ -94,7 +97,7 @@ def test_a_stage_with_a_rank_that_hangs_is_killed(tmp_path: Path, monkeypatch: p
     env = {**environment(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     with run_lock(tmp_path) as lock, pytest.raises(HangError, match="rank 0 has been standing still"):
         command = [sys.executable, str(PROGRAM), "0", "own code"]
-        run_process(command, env, lock, LaunchSection(hang_seconds=0.5))
+        run_command(command, env, lock, LaunchSection(hang_seconds=0.5))
     assert [beat.doing for beat in read_beats(beats_folder(tmp_path / "stage.log"))] == ["train iteration 0, step 1"]
 
 
@@ -124,7 +127,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 def test_limits_go_by_what_a_rank_does(ranks: Ranks, tmp_path: Path) -> None:
     def looks(*kinds: str) -> int:
         beats = [replace(STEP, rank=rank, kind=kind) for rank, kind in enumerate(kinds)]  # type: ignore[arg-type]
-        return ranks.stand_still(Watchdog(tmp_path / "x.log", LIMITS), *beats)
+        return ranks.stand_still(Watchdog(tmp_path / "x.log", LIMITS, lambda number: False), *beats)
 
     assert looks("step") == 3
     assert looks("busy") == 21
@@ -134,7 +137,7 @@ def test_limits_go_by_what_a_rank_does(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_beats_is_left_alone_whatever_others_do(ranks: Ranks, tmp_path: Path) -> None:
-    dog = Watchdog(tmp_path / "x.log", LIMITS)
+    dog = Watchdog(tmp_path / "x.log", LIMITS, lambda number: False)
     waiting = replace(STEP, rank=1, kind="waiting")
     for count in range(50):
         assert ranks.stand_still(dog, replace(STEP, count=count), waiting, most=2) == 2
