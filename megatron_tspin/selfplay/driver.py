@@ -239,4 +239,6 @@ def _on_request(name: str, again: bool) -> None:
     if again:
         logger.warning("%s again: ending the running stage now", name)
         raise SystemExit(EXIT_STOPPED)
-    logger.warning("%s: the running stage finishes its step or shard and saves; again to end it now", name)
+    logger.warning(
+        "%s: the running stage finishes its step or shard and saves; send it again in a while to end it now", name
+    )

@@ -79,7 +79,7 @@ class Submitted:
 
 @pytest.fixture
 def submitted(cluster: Cluster, tmp_path: Path) -> Iterator[Submitted]:
-    found = Submitted(cluster, tmp_path, launch__hang_seconds=6.0, launch__max_restarts=3, launch__stop_before_end=60)
+    found = Submitted(cluster, tmp_path, launch__hang_seconds=30.0, launch__max_restarts=3, launch__stop_before_end=60)
     yield found
     found.release()
     cluster.run("scancel", found.job, check=False)
