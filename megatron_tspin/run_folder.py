@@ -68,6 +68,11 @@ class RunFolder:
         return self.logs / f"slurm-{job}.out"
 
     @property
+    def job(self) -> Path:
+        """Number of the Slurm job that was submitted last."""
+        return self.root / "job.txt"
+
+    @property
     def batch_script(self) -> Path:
         """The script of the run's Slurm jobs."""
         return self.root / "submit.sh"
@@ -121,6 +126,16 @@ class RunFolder:
 def beats_folder(log_file: Path) -> Path:
     """Where the ranks of the stage with this log say what they do, while it runs or if it did not end well."""
     return log_file.with_suffix(".ranks")
+
+
+def rank_log(folder: Path, rank: int) -> Path:
+    """What a rank's libraries said on stderr, in the folder of `beats_folder`; kept if it is not empty."""
+    return folder / f"rank_{rank:05d}.log"
+
+
+def rank_logs(folder: Path) -> list[Path]:
+    """Those of all ranks that said something, in order."""
+    return [path for path in sorted(folder.glob("rank_*.log")) if path.stat().st_size]
 
 
 def examples_path(data: Path, split: str) -> Path:

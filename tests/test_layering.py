@@ -26,6 +26,7 @@ LAYERS = [
         "config_section",
         "config_source",
         "heartbeat",
+        "rank_stderr",
         "rank_variables",
         "yaml_source",
         "log",

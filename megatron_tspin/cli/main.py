@@ -13,6 +13,7 @@ from megatron_tspin.cli import (
     bench,
     checkpoint,
     convert,
+    env,
     evaluate,
     export,
     generate,
@@ -21,6 +22,7 @@ from megatron_tspin.cli import (
     rollout,
     run,
     score,
+    status,
     submit,
     tokenize,
     train,
@@ -40,6 +42,7 @@ EXIT_INTERRUPTED = 130
 _COMMANDS = (
     run,
     submit,
+    status,
     quickstart,
     tokenize,
     convert,
@@ -52,6 +55,7 @@ _COMMANDS = (
     report,
     checkpoint,
     bench,
+    env,
 )
 
 _DESCRIPTION = """T-SPIN: triplet-based self-play fine-tuning of language models on megatron-core.

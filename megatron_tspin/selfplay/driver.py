@@ -20,9 +20,9 @@ from megatron_tspin.errors import (
 )
 from megatron_tspin.heartbeat import read_beats
 from megatron_tspin.log import get_logger
-from megatron_tspin.run_folder import RunFolder, beats_folder
+from megatron_tspin.run_folder import RunFolder, beats_folder, rank_logs
 from megatron_tspin.selfplay import launch, markers
-from megatron_tspin.selfplay.failure import clear_failure, handed_on, read_failure
+from megatron_tspin.selfplay.failure import Failure, clear_failure, handed_on, read_failure
 from megatron_tspin.selfplay.launchers import Launcher, launcher_of
 from megatron_tspin.selfplay.lock import RunLock, run_lock
 from megatron_tspin.selfplay.plan import Stage, plan
@@ -38,6 +38,9 @@ from megatron_tspin.selfplay.run_config import (
 )
 from megatron_tspin.selfplay.scorer_trial import try_scorer
 from megatron_tspin.stop_request import STOP_SIGNALS, heeded, stop_requested
+
+_SHOWN_RANKS, _SHOWN_LINES = 4, 6
+_CRASH = "Fatal Python error"  # with which faulthandler begins
 
 logger = get_logger(__name__)
 
@@ -178,7 +181,7 @@ def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> Tsp
         if failure is not None and code == EXIT_STOPPED:
             what = failure.message
         return StoppedError(f"stage {stage.name}: {what}; the same command continues")
-    said = failure.message if failure else _last_beats(log_file)
+    said = "\n".join([*([failure.message] if failure else []), *_traces(log_file, failure)])
     message = _failed(stage, f"failed after {seconds:.0f} s with {_reason(code)}", said, log_file, code == EXIT_INPUT)
     error = StageError(message)
     error.exit_code = code if handed_on(code) else EXIT_STAGE
@@ -194,9 +197,18 @@ def _failed(stage: Stage, how: str, why: str, log_file: Path, mendable: bool = F
     return "\n".join([*lines, f"  its log: {log_file}; what was done is kept, {ending}"])
 
 
-def _last_beats(log_file: Path) -> str:
-    """Where ranks were that could not say why they ended."""
-    return "\n".join(f"rank {beat.rank} was in `{beat.doing}`" for beat in read_beats(beats_folder(log_file)))
+def _traces(log_file: Path, failure: Failure | None) -> list[str]:
+    """Where the ranks were, and what their libraries said, unless one of them gave a reason of its own."""
+    if failure is not None and not failure.consequence:
+        return []
+    folder = beats_folder(log_file)
+    lines = [f"rank {beat.rank} was in `{beat.doing}`" for beat in read_beats(folder)[:_SHOWN_RANKS]]
+    for path in rank_logs(folder)[:_SHOWN_RANKS]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        crash = text.rfind(_CRASH)
+        shown = text[crash:].splitlines()[:_SHOWN_LINES] if crash >= 0 else text.splitlines()[-_SHOWN_LINES:]
+        lines += [f"{path.name}:", *(f"  {line}" for line in shown if line)]
+    return lines
 
 
 def _write_outcome(log_file: Path, outcome: str) -> None:

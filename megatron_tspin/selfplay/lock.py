@@ -79,11 +79,12 @@ def run_lock(run_dir: Path, grace_seconds: float = _GRACE_SECONDS) -> Iterator[R
     path = run_dir / ".lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        locked = _acquire(descriptor, run_dir, grace_seconds)
+        _acquire(descriptor, run_dir, grace_seconds)
         owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "job": os.environ.get("SLURM_JOB_ID"),
             "token": secrets.token_hex(16),
         }
         os.ftruncate(descriptor, 0)
@@ -93,20 +94,31 @@ def run_lock(run_dir: Path, grace_seconds: float = _GRACE_SECONDS) -> Iterator[R
         try:
             yield lock
         finally:
-            if not locked:
-                _hand_back(lock)
+            _hand_back(lock)
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, run_dir: Path, grace_seconds: float) -> bool:
-    """Takes the lock; False where the file system has none, and the lease alone counts."""
+def holder(run_dir: Path) -> dict[str, Any] | None:
+    """Who has the run (`pid`, `host`, `since`, `job`); None if nobody does, as far as this host can tell."""
+    path = run_dir / ".lock"
+    try:
+        owner, age = _parsed(path.read_bytes()), time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    if owner.get("host") == socket.gethostname():
+        return None if _is_dead(owner) else owner
+    return owner if owner and age < LEASE_SECONDS else None
+
+
+def _acquire(descriptor: int, run_dir: Path, grace_seconds: float) -> None:
+    """Takes the lock; where the file system has none, the lease alone counts."""
     deadline = time.monotonic() + grace_seconds
     waiting = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return
         except BlockingIOError as error:
             owner = _owner(descriptor)
             if not _is_dead(owner) or time.monotonic() > deadline:
@@ -115,7 +127,7 @@ def _acquire(descriptor: int, run_dir: Path, grace_seconds: float) -> bool:
             if error.errno not in _NO_FLOCK:
                 raise
             _take_lease(descriptor, run_dir, error)
-            return False
+            return
         if not waiting:
             logger.info("%s: its former driver is gone, waiting for the stage it started to end", run_dir)
             waiting = True
@@ -136,7 +148,7 @@ def _take_lease(descriptor: int, run_dir: Path, reason: OSError) -> None:
 
 
 def _hand_back(lock: RunLock) -> None:
-    """A lease that is over is nobody's, so that another host need not wait for its age."""
+    """A lease that is over is nobody's: another host need not wait for its age, nor take the run for a running one."""
     with suppress(InputError):
         lock.check()
         os.ftruncate(lock.descriptor, 0)

@@ -9,31 +9,19 @@ missing nor changed for any stage.
 """
 
 import functools
-import platform
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_tspin import __version__
 from megatron_tspin.checkpoint import manifest
 from megatron_tspin.config import Config
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.run_folder import RunFolder, shard_summary, step_folders
 from megatron_tspin.selfplay.plan import Stage
+from megatron_tspin.selfplay.provenance import place, versions
 from megatron_tspin.selfplay.run_config import execution_settings, result_digest
 from megatron_tspin.storage import read_json, sha256_file, write_json
 
-_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "sentencepiece",
-    "numpy",
-    "pydantic",
-)
 _POLICY_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")
 
 RESULT_SETTINGS = "run.yaml (settings that affect results)"
@@ -119,7 +107,8 @@ def write_marker(
             "released": [],
             "started": started,
             "seconds": round(seconds, 3),
-            "versions": _versions(),
+            "versions": versions(),
+            "place": place(),
         },
     )
 
@@ -155,16 +144,6 @@ def released_outputs(run_dir: Path) -> list[Path]:
     there = sorted(RunFolder(run_dir).markers.glob("*.json"))
     names = [name for path in there for name in read_marker(path)["released"]]
     return [run_dir / name for name in names]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "megatron_tspin": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def is_done(stage: Stage, run_dir: Path) -> bool:

@@ -49,7 +49,9 @@ def submit(config: Config, dry_run: bool = False) -> str | None:
         logger.info("job script: %s", folder.batch_script)
         logger.info("resolved config: %s", folder.config)
         return None
-    return _sbatch(folder.batch_script)
+    job = _sbatch(folder.batch_script)
+    write_text(folder.job, f"{job}\n")
+    return job
 
 
 def _check_job(config: Config) -> None:

@@ -20,7 +20,7 @@ from megatron_tspin.errors import HangError
 from megatron_tspin.heartbeat import STACK_SIGNAL, Beat, read_beats, stack_file
 from megatron_tspin.log import LOG_FILE_VARIABLE
 from megatron_tspin.lost_rank import is_collective, place
-from megatron_tspin.run_folder import beats_folder
+from megatron_tspin.run_folder import beats_folder, rank_logs
 
 _STACK_SECONDS = 3.0
 _STATES = {
@@ -129,10 +129,12 @@ class Watchdog:
 
 
 def forget_beats(log_file: Path) -> None:
-    """Of an earlier attempt, or of a stage that ended well."""
+    """Of an earlier attempt, or of a stage that ended well; the ranks' logs stay, but for empty ones."""
     folder = beats_folder(log_file)
+    kept = rank_logs(folder)
     for path in folder.glob("rank_*"):
-        path.unlink(missing_ok=True)
+        if path not in kept:
+            path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 

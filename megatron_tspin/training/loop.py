@@ -166,7 +166,7 @@ class Trainer:
         title = f"train iteration {self.iteration}"
         with progress_bar(title, self.num_steps, "step", self.topology.speaks, done=self.done) as bar:
             while self.done < self.num_steps:
-                beat(f"{title}, step {self.done + 1}")
+                beat(f"{title}, step {self.done + 1} of {self.num_steps}")
                 metrics = self.train_step(global_batch(self.done))
                 self.stopping = any_rank(stop_requested() is not None, self.topology)
                 on_step(metrics)

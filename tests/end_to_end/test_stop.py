@@ -104,7 +104,9 @@ def test_what_is_stopped_goes_on_to_the_same_bytes(stopped: Stopped, runs: Runs)
     assert stopped.end() == EXIT_STAGE, stopped.said()
     assert time.monotonic() - started < HANG_SECONDS + 30
     _, hung, waiting, limit, _ = stopped.said().splitlines()[-5:]
-    assert re.search(r"rank 1 has been standing still for \d+ s in `train iteration 0, step 6`: .* is stopped", hung)
+    assert re.search(
+        r"rank 1 has been standing still for \d+ s in `train iteration 0, step 6 of 8`: .* is stopped", hung
+    )
     assert re.search(
         r"rank 0 waits in \w+, called by forward_backward \(megatron_tspin/training/loop.py:\d+\)", waiting
     )

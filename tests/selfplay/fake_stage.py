@@ -16,6 +16,8 @@ def main() -> int:
         time.sleep(600)
     if behaviour.startswith("kill"):
         os.kill(os.getpid(), int(behaviour.removeprefix("kill")))
+    if behaviour == "crash":
+        return crash(Path(os.environ["TSPIN_LOG_FILE"]).with_suffix(".ranks"))
     if behaviour.startswith("fail"):
         return int(behaviour.removeprefix("fail"))
     if behaviour.startswith("refuse"):
@@ -27,6 +29,16 @@ def main() -> int:
         for output in map(Path, outputs):
             write(output, name)
     return 0
+
+
+def crash(ranks: Path) -> int:
+    """What a rank leaves that ended in a library of its own."""
+    ranks.mkdir()
+    beat = {"rank": 0, "pid": 1, "host": "n1", "count": 9, "doing": "train iteration 0, step 3 of 8", "kind": "step"}
+    (ranks / "rank_00000.json").write_text(json.dumps(beat))
+    said = 'a warning\nFatal Python error: Segmentation fault\n\nFile "x.py", line 3 in step\n'
+    (ranks / "rank_00000.log").write_text(said)
+    return 1
 
 
 def write(output: Path, name: str) -> None:

@@ -43,6 +43,7 @@ def test_markers_hold_what_went_in_and_out(fake: FakeRun) -> None:
     marker = json.loads((fake.run_dir / "stages" / "train_001.json").read_text())
     assert list(marker) == [
         "stage", "command", "config", "execution", "inputs", "outputs", "released", "started", "seconds", "versions",
+        "place",
     ]  # fmt: skip
     assert marker["config"] == result_digest(fake.config)
     assert marker["execution"]["training.micro_batch_size"] == 4 and "optimizer.lr" not in marker["execution"]

@@ -144,8 +144,8 @@ def test_a_stage_that_outlives_its_driver_keeps_the_run(tmp_path: Path) -> None:
         orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock.descriptor,), stdout=subprocess.PIPE)
         assert orphan.stdout is not None
         orphan.stdout.readline()
-    try:
         owner = json.loads((tmp_path / ".lock").read_text())
+    try:
         dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
         (tmp_path / ".lock").write_text(json.dumps({**owner, "pid": int(dead.stdout)}))
         with pytest.raises(InputError, match="still runs"), run_lock(tmp_path, grace_seconds=0.3):
