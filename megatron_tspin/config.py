@@ -400,6 +400,10 @@ class Config(Section):
         # Rounded up, as rows are cut down to their multiple and have to hold any triplet.
         return -(-default_row_capacity(training.micro_batch_size, self.data.seq_length) // multiple) * multiple
 
+    def largest_layout(self) -> ParallelSection:
+        """That of the stages with the most ranks."""
+        return max(self.parallel, self.generation_layout(), key=lambda layout: layout.world_size)
+
     def generation_layout(self) -> ParallelSection:
         """The layout of the stages that only run the policy forward: training's, with generation's overrides."""
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")

@@ -81,7 +81,9 @@ class Topology:
 
 
 @contextmanager
-def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Iterator[Topology]:
+def distributed(
+    layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1, patience: datetime.timedelta | None = None
+) -> Iterator[Topology]:
     """Joins the ranks that torchrun (or Slurm) started into megatron-core's groups, and leaves them at the end.
 
     After a failure several ranks do not leave: taking groups down may wait for peers that sit in a collective. The
@@ -91,6 +93,7 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
         layout: TP, CP, PP and DP.
         seed: Of libraries that draw; nothing of ours does.
         tokens_multiple: `PrecisionSection.tokens_multiple`.
+        patience: How long ranks wait for each other. Default: `STEP_TIMEOUT` in a step, `LONG_TIMEOUT` between.
 
     Raises:
         InputError: The number of processes is not TP x CP x PP x DP.
@@ -106,10 +109,10 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
         )
     check_rendezvous(backend())
     with said_when_late():
-        _join()
-    dist.distributed_c10d._set_pg_timeout(LONG_TIMEOUT)
+        _join(patience or STEP_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(patience or LONG_TIMEOUT)
     try:
-        yield build_topology(layout, seed, tokens_multiple)
+        yield build_topology(layout, seed, tokens_multiple, patience or STEP_TIMEOUT)
     except BaseException as error:
         if world_size == 1:
             leave_groups()
@@ -120,15 +123,17 @@ def distributed(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1
     leave_groups()
 
 
-def _join() -> None:
+def _join(patience: datetime.timedelta) -> None:
     try:
-        dist.init_process_group(backend(), timeout=STEP_TIMEOUT)
+        dist.init_process_group(backend(), timeout=patience)
     except RuntimeError as error:  # which torch's own errors are
         reason = str(error).strip().split("\n")[0]
         raise LostRankError(f"{this_rank()} did not meet the others at {meeting_place()} ({reason})") from error
 
 
-def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1) -> Topology:
+def build_topology(
+    layout: ParallelSection, seed: int = 0, tokens_multiple: int = 1, patience: datetime.timedelta = STEP_TIMEOUT
+) -> Topology:
     """Builds megatron-core's groups over an initialised torch.distributed.
 
     The order of ranks is Megatron's: TP fastest, then CP, then DP, then PP.
@@ -140,7 +145,7 @@ def build_topology(layout: ParallelSection, seed: int = 0, tokens_multiple: int 
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=STEP_TIMEOUT.total_seconds() / 60,
+        distributed_timeout_minutes=patience.total_seconds() / 60,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)

@@ -30,6 +30,7 @@ LAYERS = [
         "rank_variables",
         "yaml_source",
         "log",
+        "provenance",
         "records",
         "run_folder",
         "step_metrics",
@@ -40,7 +41,7 @@ LAYERS = [
     {"models", "data"},
     {"checkpoint", "objective"},
     {"conversion", "training", "generation"},
-    {"selfplay", "report", "benchmark"},
+    {"selfplay", "report", "benchmark", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tspin.cli.arguments import command_parser
 from megatron_tspin.errors import EXIT_OK
-from megatron_tspin.selfplay.provenance import machine, place, settings_of_environment, versions
+from megatron_tspin.provenance import machine, place, settings_of_environment, versions
 
 if TYPE_CHECKING:
     from megatron_tspin.cli.arguments import Subparsers

@@ -13,6 +13,7 @@ from megatron_tspin.cli import (
     bench,
     checkpoint,
     convert,
+    doctor,
     env,
     evaluate,
     export,
@@ -42,6 +43,7 @@ EXIT_INTERRUPTED = 130
 _COMMANDS = (
     run,
     submit,
+    doctor,
     status,
     quickstart,
     tokenize,

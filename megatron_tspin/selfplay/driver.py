@@ -93,6 +93,8 @@ def run(
         if repair:
             remove_damage(config)
         write_config(config)
+        if config.launch.launcher != "local":
+            _run(_doctor(config), config, launcher, lock)
         for stage in plan(config):
             _bring_about(stage, config, launcher, lock, repair)
             if stage.name.startswith("rollout"):
@@ -101,6 +103,35 @@ def run(
     logger.info("report: %s", RunFolder(run_dir).report)
     logger.info("exported checkpoint: %s", RunFolder(run_dir).export)
     return EXIT_OK
+
+
+def examine_nodes(config: Config) -> int:
+    """`tspin doctor`: what a job does before its first stage.
+
+    Args:
+        config: The run, which need not have begun.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        InputError: The config cannot be used, or another driver has the run.
+        StageError: Something stands in the way; says what, on which node, and what to do.
+    """
+    config = with_absolute_paths(config, Path.cwd())
+    config = with_template_date(config, datetime.date.today().isoformat())
+    launcher = launcher_of(config)
+    check_same_config(config)
+    with heeded(_stop_signals(), _on_request), run_lock(Path(config.run_dir)) as lock:
+        write_config(config)
+        _run(_doctor(config), config, launcher, lock)
+    return EXIT_OK
+
+
+def _doctor(config: Config) -> Stage:
+    """It is none of the plan: it leaves nothing, and is never done."""
+    arguments = ("doctor", "--config", str(RunFolder(Path(config.run_dir)).config), "--as-rank")
+    return Stage("doctor", arguments, config.largest_layout().world_size, (), ())
 
 
 def _reopened(config: Config) -> list[Stage]:
@@ -139,14 +170,27 @@ def _bring_about(stage: Stage, config: Config, launcher: Launcher, lock: RunLock
 
 
 def _execute(stage: Stage, config: Config, launcher: Launcher, lock: RunLock) -> None:
-    command = launcher.command(stage)
     run_dir = Path(config.run_dir)
-    log_file = RunFolder(run_dir).log(stage.name)
+    inputs = markers.digests(stage.inputs, run_dir)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    seconds = _run(stage, config, launcher, lock)
+    if missing := markers.missing_outputs(stage, run_dir):
+        log_file = RunFolder(run_dir).log(stage.name)
+        raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
+    if markers.digests(stage.inputs, run_dir) != inputs:
+        raise StageError(f"stage {stage.name}: a file it reads was changed while it ran; run the same command again")
+    lock.check()
+    markers.write_marker(stage, config, launcher.command(stage), inputs, started, seconds)
+    logger.info("stage %s: done in %.0f s", stage.name, seconds)
+
+
+def _run(stage: Stage, config: Config, launcher: Launcher, lock: RunLock) -> float:
+    """Runs a stage's processes to their good end; returns how many seconds they took."""
+    log_file = RunFolder(Path(config.run_dir)).log(stage.name)
     log_file.parent.mkdir(exist_ok=True)
     clear_failure(log_file)
-    inputs = markers.digests(stage.inputs, run_dir)
-    started, start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    logger.info("stage %s: %s", stage.name, launch.shown(command))
+    start = time.monotonic()
+    logger.info("stage %s: %s", stage.name, launch.shown(launcher.command(stage)))
     try:
         code = launch.run_process(stage, launcher, launch.environment(config, log_file), lock, config.launch)
     except HangError as error:
@@ -162,13 +206,7 @@ def _execute(stage: Stage, config: Config, launcher: Launcher, lock: RunLock) ->
         _write_outcome(log_file, str(failed))
         raise failed
     _write_outcome(log_file, f"stage {stage.name}: done in {seconds:.0f} s")
-    if missing := markers.missing_outputs(stage, run_dir):
-        raise StageError(f"stage {stage.name} ended well, but did not write {', '.join(missing)}; see {log_file}")
-    if markers.digests(stage.inputs, run_dir) != inputs:
-        raise StageError(f"stage {stage.name}: a file it reads was changed while it ran; run the same command again")
-    lock.check()
-    markers.write_marker(stage, config, command, inputs, started, seconds)
-    logger.info("stage %s: done in %.0f s", stage.name, seconds)
+    return seconds
 
 
 def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> TspinError:

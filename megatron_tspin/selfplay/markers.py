@@ -16,9 +16,9 @@ from typing import Any
 from megatron_tspin.checkpoint import manifest
 from megatron_tspin.config import Config
 from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.provenance import place, versions
 from megatron_tspin.run_folder import RunFolder, shard_summary, step_folders
 from megatron_tspin.selfplay.plan import Stage
-from megatron_tspin.selfplay.provenance import place, versions
 from megatron_tspin.selfplay.run_config import execution_settings, result_digest
 from megatron_tspin.storage import read_json, sha256_file, write_json
 

@@ -164,6 +164,18 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     assert "annotated.jsonl:1: " in submitted.said() and "starting the run again" not in submitted.said()
 
 
+def test_nodes_that_differ_are_named_before_any_stage(cluster: Cluster, tmp_path: Path) -> None:
+    prolog = tmp_path / "prolog.sh"
+    prolog.write_text("#!/bin/bash\necho export NCCL_ALGO=of_$(hostname)\n")
+    prolog.chmod(0o755)
+    submitted = Submitted(cluster, tmp_path, launch__srun=[f"--task-prolog={prolog}"])
+    submitted.submit()
+    cluster.wait_for_state(submitted.job, "FAILED")
+    assert cluster.fact(submitted.job, "ExitCode") == "2:0"
+    assert "FAIL  n2: NCCL_ALGO = of_n2, on n1 of_n1; set the same on all nodes" in submitted.said()
+    assert not (submitted.run_dir / "stages").exists()
+
+
 def test_what_sbatch_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:
     submitted = Submitted(cluster, tmp_path, launch__partition="absent")
     done = tspin("submit", "--config", submitted.config)
