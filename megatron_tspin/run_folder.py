@@ -46,6 +46,11 @@ class RunFolder:
         return self.root / REPORT
 
     @property
+    def doctor(self) -> Path:
+        """Where `tspin doctor` leaves what it found, and nodes probe what they see of each other."""
+        return self.root / "doctor"
+
+    @property
     def markers(self) -> Path:
         """The markers of the stages that are done."""
         return self.root / "stages"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Examine the nodes of a run, in seconds: every job of `tspin submit` begins with it.
 
 reads   the run's config, and what its nodes tell of themselves
-writes  RUN_DIR/logs/doctor.log
+writes  RUN_DIR/doctor
 
 Starts as many ranks as the largest stage has, by the configured launcher, and compares versions, code, config, clocks
 and settings of all nodes; the run's folder as each sees, writes and locks it; GPUs, their memory and their arithmetic;

@@ -44,7 +44,7 @@ def examine(config: Config) -> None:
         beat("doctor")
         facts = _gathered(own_facts(topology.rank, folder.config, _clock(), _gpu()), topology)
         found = [*differences(facts), *gpu_findings(facts, least_bytes_of_a_rank(config))]
-        found += _of_all(_folder_findings(folder.root / "doctor", facts, topology), topology)
+        found += _of_all(_folder_findings(folder.doctor, facts, topology), topology)
         found += _of_all(_arithmetic_findings(topology), topology)
         rates = _rates(topology)
         found += slow_nodes(_gathered((socket.gethostname(), rates), topology))

@@ -106,7 +106,7 @@ def run(
 
 
 def examine_nodes(config: Config) -> int:
-    """`tspin doctor`: what a job does before its first stage.
+    """`tspin doctor`: what a job does before its first stage, in a folder of its own, so that it disturbs no job.
 
     Args:
         config: The run, which need not have begun.
@@ -115,14 +115,14 @@ def examine_nodes(config: Config) -> int:
         The exit code 0.
 
     Raises:
-        InputError: The config cannot be used, or another driver has the run.
+        InputError: The config cannot be used, or the nodes are examined already.
         StageError: Something stands in the way; says what, on which node, and what to do.
     """
     config = with_absolute_paths(config, Path.cwd())
-    config = with_template_date(config, datetime.date.today().isoformat())
+    folder = RunFolder(Path(config.run_dir)).doctor
+    config = config.model_copy(update={"run_dir": str(folder)})
     launcher = launcher_of(config)
-    check_same_config(config)
-    with heeded(_stop_signals(), _on_request), run_lock(Path(config.run_dir)) as lock:
+    with heeded(_stop_signals(), _on_request), run_lock(folder) as lock:
         write_config(config)
         _run(_doctor(config), config, launcher, lock)
     return EXIT_OK

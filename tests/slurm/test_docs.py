@@ -42,6 +42,8 @@ def test_every_command_works(cluster: Cluster, tmp_path: Path) -> None:
         if line.startswith("tspin submit") and "--dry-run" not in line:
             jobs.append(done.stdout.strip())
             wait_for(lambda: (tmp_path / "runs/first/logs/tokenize.log").exists(), lambda: cluster.run("squeue"))
+        if "tspin doctor" in line:
+            assert "doctor: nothing stands in the way" in done.stderr
         if line.startswith("scancel"):
             cluster.wait_for_state(jobs[-1], "CANCELLED")
     assert len(jobs) == 2 and "state   running: process" in out
