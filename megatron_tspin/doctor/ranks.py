@@ -141,7 +141,29 @@ def _rates(topology: Topology) -> dict[str, float]:
             size = group.size()
             sent = 2 * (size - 1) / size * _MESSAGE_BYTES  # of a ring
             found[f"all-reduce over {name} ({size} ranks)"] = sent / _seconds(message, group) / 1e9
+    if topology.pp_size > 1:
+        found["point to point over PP"] = _MESSAGE_BYTES / _seconds_to_neighbour(message, topology) / 1e9
     return found
+
+
+def _seconds_to_neighbour(message: torch.Tensor, topology: Topology) -> float:
+    """From each stage to the next, as a pipeline's activations go, all at once in a ring."""
+    after, before = ((topology.pp_rank + step) % topology.pp_size for step in (1, -1))
+    received, measured = torch.empty_like(message), []
+    for _ in range(_ROUNDS + 1):
+        beat()
+        dist.barrier(group=topology.pp_group)
+        started = time.perf_counter()
+        pair = [
+            dist.P2POp(dist.isend, message, group=topology.pp_group, group_peer=after),
+            dist.P2POp(dist.irecv, received, group=topology.pp_group, group_peer=before),
+        ]
+        for each in dist.batch_isend_irecv(pair):
+            each.wait()
+        if has_cuda():
+            torch.cuda.synchronize()
+        measured.append(time.perf_counter() - started)
+    return median(measured[1:])
 
 
 def _seconds(message: torch.Tensor, group: dist.ProcessGroup) -> float:

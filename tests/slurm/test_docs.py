@@ -10,8 +10,13 @@ import yaml
 
 from tests.end_to_end.small_run import REPOSITORY, environment, tree_of, write_config, write_data
 from tests.slurm.conftest import Cluster, wait_for
-from tests.slurm.test_jobs import TWO_NODES
 
+ONE_RANK_A_NODE = {
+    "parallel__data_parallel_size": 2,
+    "launch__gpus_per_node": 0,
+    "launch__ranks_per_node": 1,
+    "launch__partition": "low",
+}
 COMMANDS = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```$", (REPOSITORY / "docs" / "slurm.md").read_text(), re.S | re.M)
@@ -21,7 +26,7 @@ COMMANDS = [
 
 def test_every_command_works(cluster: Cluster, tmp_path: Path) -> None:
     write_data(tmp_path)
-    tree = tree_of(tmp_path, tmp_path / "runs" / "first", **TWO_NODES)
+    tree = tree_of(tmp_path, tmp_path / "runs" / "first", **ONE_RANK_A_NODE)
     write_config(tmp_path / "run.yaml", tree)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     jobs, out = [], ""

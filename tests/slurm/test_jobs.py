@@ -10,23 +10,28 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.small_run import sha256_of, succeed, tree_of, tspin, write_config, write_data
+from tests.end_to_end.small_run import CHECKPOINT, sha256_of, succeed, tree_of, tspin, write_config, write_data
+from tests.end_to_end.test_changed_execution import weights
 from tests.end_to_end.test_kill import PAUSES, losses
+from tests.rounding import all_within, same_updates
 from tests.slurm.conftest import Cluster, wait_for
 
+RANKS_PER_NODE = 2
 TWO_NODES: dict[str, Any] = {
+    "parallel__tensor_model_parallel_size": 2,
     "parallel__data_parallel_size": 2,
     "parallel__use_distributed_optimizer": True,
-    "generation__data_parallel_size": 1,
-    "generation__tensor_model_parallel_size": 2,
+    "generation__data_parallel_size": 1,  # on the first node alone
     "launch__gpus_per_node": 0,
-    "launch__ranks_per_node": 1,
+    "launch__ranks_per_node": RANKS_PER_NODE,
     "launch__partition": "low",
 }
+GENERATE, TRAIN = 2, 4
+"""Ranks."""
 
 
 class Submitted:
-    """A run whose ranks, one on each node, wait for the test at certain beats."""
+    """A run whose ranks wait for the test at certain beats."""
 
     def __init__(self, cluster: Cluster, folder: Path, **changes: Any) -> None:
         self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
@@ -41,8 +46,9 @@ class Submitted:
         self.config = write_config(folder / "run.yaml", self.tree)
         self.job = ""
 
-    def submit(self) -> None:
-        self.job = succeed("submit", "--config", self.config).stdout.strip()
+    def submit(self, *settings: str) -> None:
+        assignments = [word for setting in settings for word in ("--set", setting)]
+        self.job = succeed("submit", "--config", self.config, *assignments).stdout.strip()
         assert self.job.isdecimal()
 
     def said(self) -> str:
@@ -52,8 +58,8 @@ class Submitted:
     def pause_at(self, beat: str) -> None:
         (self.folder / "beat").write_text(beat)
 
-    def wait_until_paused(self) -> None:
-        wait_for(lambda: len(self.announced()) == 2, lambda: f"{self.said()}\n{self.cluster.run('squeue')}")
+    def wait_until_paused(self, ranks: int) -> None:
+        wait_for(lambda: len(self.announced()) == ranks, lambda: f"{self.said()}\n{self.cluster.run('squeue')}")
 
     def announced(self) -> list[Path]:
         return [path for path in self.folder.glob("paused.*") if path.suffix != ".partial"]
@@ -73,7 +79,7 @@ class Submitted:
     def rank(self, stage: str, number: int) -> int:
         """Process id, which all nodes of this machine share."""
         beat = json.loads((self.run_dir / "logs" / f"{stage}.ranks" / f"rank_{number:05d}.json").read_text())
-        assert beat["host"] == f"n{number + 1}"
+        assert beat["host"] == f"n{number // RANKS_PER_NODE + 1}"
         return int(beat["pid"])
 
 
@@ -91,7 +97,7 @@ def test_a_run_goes_on_whatever_happens_to_its_job(submitted: Submitted, cluster
     submitted.submit()
 
     # The time limit comes near: the run is asked to stop, saves, and queues itself again.
-    submitted.wait_until_paused()
+    submitted.wait_until_paused(GENERATE)
     cluster.run("scontrol", "update", f"JobId={submitted.job}", "TimeLimit=1")
     submitted.wait_for_line("asked the ranks to stop")
     submitted.go_on_until("train iteration 0, step 2")
@@ -102,7 +108,7 @@ def test_a_run_goes_on_whatever_happens_to_its_job(submitted: Submitted, cluster
     assert "the whole shards of synthetic/0 are kept" in submitted.said()
 
     # Another job takes the nodes: Slurm ends the run in the grace time, and queues it again.
-    submitted.wait_until_paused()
+    submitted.wait_until_paused(TRAIN)
     other = cluster.run(
         "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
     )
@@ -114,41 +120,51 @@ def test_a_run_goes_on_whatever_happens_to_its_job(submitted: Submitted, cluster
     assert cluster.fact(submitted.job, "Restarts") == "2"
 
     # A rank is killed, another one hangs: the same job starts the run again.
-    submitted.wait_until_paused()
-    os.kill(submitted.rank("train_000", 1), signal.SIGKILL)
+    submitted.wait_until_paused(TRAIN)
+    os.kill(submitted.rank("train_000", 3), signal.SIGKILL)
     submitted.go_on_until("train iteration 0, step 5")
     submitted.wait_for_line("starting the run again (1 of 3)")
-    submitted.wait_until_paused()
-    os.kill(submitted.rank("train_000", 1), signal.SIGSTOP)
+    submitted.wait_until_paused(TRAIN)
+    os.kill(submitted.rank("train_000", 3), signal.SIGSTOP)
     submitted.go_on_until("train iteration 0, step 6")
-    submitted.wait_for_line("rank 1 has been standing still")
+    submitted.wait_for_line("rank 3 has been standing still")
     submitted.wait_for_line("starting the run again (2 of 3)")
 
     # A node dies: Slurm queues the job again.
-    submitted.wait_until_paused()
+    submitted.wait_until_paused(TRAIN)
     cluster.kill_node("n2")
     submitted.go_on_until("held-out/1")
     cluster.wait_for_state(submitted.job, "PENDING")
     cluster.start_node("n2")
 
     # The job is cancelled, and stays so.
-    submitted.wait_until_paused()
+    submitted.wait_until_paused(GENERATE)
     cluster.run("scancel", submitted.job)
     submitted.release()
     cluster.wait_for_state(submitted.job, "CANCELLED")
-    check_same_as_on_one_host(submitted)
+    whole = on_one_host(submitted, iterations=1)
+    for patterns in (("shard_*.jsonl",), ("*.bin", "*.idx"), ("*.distcp",)):
+        made, expected = (sha256_of(folder / "iteration_000", *patterns) for folder in (run_dir, whole))
+        assert made == expected and made
+    assert losses(run_dir, 0) == losses(whole, 0)
     assert cluster.fact(submitted.job, "JobState") == "CANCELLED"
     assert not list(run_dir.rglob("*.partial"))
 
+    # One node is left: the run goes on there with half the ranks, within rounding.
+    submitted.pause_at("nowhere")
+    submitted.submit("self_play.iterations=2", "parallel.data_parallel_size=1", "launch.nodes=1")
+    cluster.wait_for_state(submitted.job, "COMPLETED", seconds=400)
+    on_one_host(submitted, iterations=2)
+    all_within("loss", *([line["loss"] for line in losses(folder, 1)] for folder in (run_dir, whole)))
+    same_updates(*(weights(folder) for folder in (run_dir / "export/hf", whole / "export/hf", CHECKPOINT)))
 
-def check_same_as_on_one_host(submitted: Submitted) -> None:
+
+def on_one_host(submitted: Submitted, iterations: int) -> Path:
+    """The same run without Slurm, in the layout that it began with; its folder."""
     whole = submitted.folder / "whole"
-    tree = {**submitted.tree, "run_dir": str(whole), "launch": {}}
+    tree = {**submitted.tree, "run_dir": str(whole), "launch": {}, "self_play": {"iterations": iterations}}
     succeed("run", "--config", write_config(submitted.folder / "whole.yaml", tree))
-    for patterns in (("shard_*.jsonl",), ("*.bin", "*.idx"), ("*.distcp",)):
-        made, expected = (sha256_of(folder / "iteration_000", *patterns) for folder in (submitted.run_dir, whole))
-        assert made == expected and made
-    assert losses(submitted.run_dir, 0) == losses(whole, 0)
+    return whole
 
 
 def test_bad_input_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
