@@ -89,6 +89,8 @@ class CausalAttention(torch.nn.Module):
             key, value = self.cache.append(key, value)
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or key groups, s, d]
+        if repeats > 1 and attention_mask is not None:
+            return self._by_groups(q, k, v, attention_mask, repeats)
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         if attention_mask is None and self.window is not None and q.shape[2] > self.window:
@@ -97,6 +99,14 @@ class CausalAttention(torch.nn.Module):
             q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, scale=self.scale
         )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _by_groups(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, repeats: int) -> Tensor:
+        """The heads of a key group as more queries of one head, so that no key and no value is copied."""
+        rows, heads, queries, width = q.shape
+        grouped = q.reshape(rows, heads // repeats, repeats * queries, width)
+        seen = mask.repeat(1, 1, repeats, 1)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen, scale=self.scale)
+        return out.reshape(rows, heads, queries, width).permute(2, 0, 1, 3).reshape(queries, rows, -1)
 
     def _over_packed_row(self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
         if layout.context.size > 1:

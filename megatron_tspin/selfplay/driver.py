@@ -214,11 +214,12 @@ def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> Tsp
     failure = read_failure(log_file)
     code = failure.exit_code if failure else code
     asked = stop_requested()
-    if code == EXIT_STOPPED or asked is not None:
-        what = f"ended as {asked or 'somebody'} asked; what it had finished is kept"
-        if failure is not None and code == EXIT_STOPPED:
-            what = failure.message
-        return StoppedError(f"stage {stage.name}: {what}; the same command continues")
+    if failure is not None and code == EXIT_STOPPED:
+        return StoppedError(f"stage {stage.name}: {failure.message}; the same command continues")
+    if asked is not None and (failure is None or failure.consequence):  # bad input stays that, whoever asks for what
+        return StoppedError(
+            f"stage {stage.name}: ended as {asked} asked; what it had finished is kept; the same command continues"
+        )
     said = "\n".join([*([failure.message] if failure else []), *_traces(log_file, failure)])
     message = _failed(stage, f"failed after {seconds:.0f} s with {_reason(code)}", said, log_file, code == EXIT_INPUT)
     error = StageError(message)
@@ -227,7 +228,7 @@ def _stage_error(stage: Stage, code: int, seconds: float, log_file: Path) -> Tsp
 
 
 def _failed(stage: Stage, how: str, why: str, log_file: Path, mendable: bool = False) -> str:
-    """Args: the stage, how it ended, why, its log, and whether something has to be mended by hand first."""
+    """A stage's failure for people; `mendable` if something has to be mended by hand first."""
     ending = "the same command continues the run from here"
     if mendable:
         ending = f"once this is mended, {ending}; --repair makes damaged files of the run again"

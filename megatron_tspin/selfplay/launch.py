@@ -222,7 +222,7 @@ def stop(child: Child, launcher: Launcher, patience_seconds: float = _STOP_SECON
 def _die_with_parent(wish: signal.Signals) -> Callable[[], None]:
     """What the child does before it becomes the stage: ask the kernel for a signal when the driver dies.
 
-    torchrun gets SIGTERM, upon which it ends its ranks; a rank of its own gets SIGKILL.
+    torchrun and srun get SIGTERM, upon which they end their ranks; a rank of its own gets SIGKILL.
     """
     parent, libc = os.getpid(), ctypes.CDLL(None, use_errno=True)  # loaded before the fork
 

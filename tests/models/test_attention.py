@@ -66,8 +66,9 @@ def test_a_sequence_in_a_packed_row_is_causal(packed: str, window: int | None, k
         assert torch.allclose(found[start:end], part[:, :1], atol=1e-6)
 
 
-def test_cache_gives_what_one_pass_gives() -> None:
-    query, key, value = tensors(6, 2)
+@pytest.mark.parametrize("key_groups", [1, 2, 4])
+def test_cache_gives_what_one_pass_gives(key_groups: int) -> None:
+    query, key, value = tensors(6, key_groups)
     whole = attention()(query, key, value)
     cached = attention()
     cached.cache = KeyValueCache(8)
@@ -78,7 +79,7 @@ def test_cache_gives_what_one_pass_gives() -> None:
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
     cached.cache.keep_rows(torch.tensor([1]))
     keys, _ = cached.cache.append(key[:1, 1:], value[:1, 1:])
-    assert keys.shape == (7, 1, 2, DIM) and keys[:6].equal(key[:, 1:])
+    assert keys.shape == (7, 1, key_groups, DIM) and keys[:6].equal(key[:, 1:])
 
 
 def test_window_mask() -> None:

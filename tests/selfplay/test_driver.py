@@ -2,13 +2,23 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_tspin.cli.ranks import only_writer
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
-from megatron_tspin.errors import EXIT_DIVERGED, EXIT_INPUT, EXIT_PARITY, EXIT_STAGE, InputError, StageError
+from megatron_tspin.errors import (
+    EXIT_DIVERGED,
+    EXIT_INPUT,
+    EXIT_PARITY,
+    EXIT_STAGE,
+    EXIT_STOPPED,
+    InputError,
+    StageError,
+    TspinError,
+)
 from megatron_tspin.selfplay import driver
 from megatron_tspin.selfplay.plan import plan
 from megatron_tspin.selfplay.run_config import result_digest
@@ -82,6 +92,27 @@ def test_a_failed_stage_is_named_and_the_same_command_continues(
     fake.behave()
     assert fake.go() == 0
     assert fake.take_started() == NAMES[3:]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code"),
+    [("fail1", EXIT_STOPPED), ("kill15", EXIT_STOPPED), ("refuse2", EXIT_INPUT), ("refuse75", EXIT_STOPPED)],
+)
+def test_a_request_to_stop_hides_no_reason_of_a_stage(
+    behaviour: str, code: int, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = driver.launch.run_process
+
+    def asked_meanwhile(*arguments: Any) -> int:
+        ended = real(*arguments)
+        monkeypatch.setattr(driver, "stop_requested", lambda: "SIGUSR1")
+        return ended
+
+    monkeypatch.setattr(driver.launch, "run_process", asked_meanwhile)
+    fake.behave(tokenize=behaviour)
+    with pytest.raises(TspinError) as caught:
+        fake.go()
+    assert caught.value.exit_code == code
 
 
 def test_an_old_failure_is_not_taken_for_a_new_one(fake: FakeRun) -> None:
