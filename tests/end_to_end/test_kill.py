@@ -75,15 +75,8 @@ KILLS = (
         "evaluation/policy_001/sampled/shard_00001.jsonl",
         ("evaluation/policy_001/greedy/shard_00001.jsonl", "evaluation/policy_001/sampled/shard_00000.jsonl"),
     ),
-    Kill(
-        "train_001",
-        "iteration_001/checkpoint/step_00000006",
-        ("iteration_001/checkpoint/step_00000005/manifest.json",),
-        lines=6,
-    ),
     # The driver alone is left: the stage has ended, and nobody has said so yet.
     Kill("train_001", "stages/train_001.json", (f"iteration_001/checkpoint/step_{NUM_STEPS:08d}/manifest.json",), 8),
-    Kill("rollout_002", "evaluation/policy_002.json", ("evaluation/policy_002/sampled/shard_00001.jsonl",)),
     Kill("export", "export/hf", ("export/hf.partial/model.safetensors",)),
     Kill("report", "report.html", ("export/hf/model.safetensors", "report.html.partial")),
 )

@@ -106,6 +106,7 @@ class Ranks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.beats: list[Beat] = []
+        monkeypatch.setattr(watchdog, "_STACK_SECONDS", 0.0)  # nobody answers
         monkeypatch.setattr(watchdog, "read_beats", lambda folder: self.beats)
 
     def stand_still(self, dog: Watchdog, *beats: Beat, most: int = 100) -> int:
