@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_tspin.config import ParallelSection
-from megatron_tspin.errors import ArtifactError, InputError, LostRankError, TspinError
+from megatron_tspin.errors import ArtifactError, InputError, TspinError
 from megatron_tspin.heartbeat import busy, waiting
 from megatron_tspin.lost_rank import explain
 from megatron_tspin.platform import backend, device, prepare_platform, seed_everything
-from megatron_tspin.rendezvous import check_rendezvous, meeting_place, said_when_late, this_rank
+from megatron_tspin.rendezvous import check_rendezvous, meeting
 
 Value = TypeVar("Value")
 
@@ -96,8 +96,9 @@ def distributed(
         patience: How long ranks wait for each other. Default: `STEP_TIMEOUT` in a step, `LONG_TIMEOUT` between.
 
     Raises:
-        InputError: The number of processes is not TP x CP x PP x DP.
-        StageError: A collective of the block failed because another rank hangs or is gone; names the collective.
+        InputError: The number of processes is not TP x CP x PP x DP, or they cannot meet as they are set up.
+        StageError: The ranks did not meet, or a collective of the block failed because another rank hangs or is gone;
+            names the collective.
     """
     prepare_platform(layout.cpu_threads)
     world_size = int(os.environ["WORLD_SIZE"])
@@ -108,8 +109,8 @@ def distributed(
             f"needs {layout.world_size}"
         )
     check_rendezvous(backend())
-    with said_when_late():
-        _join(patience or STEP_TIMEOUT)
+    with meeting(backend()):
+        dist.init_process_group(backend(), timeout=patience or STEP_TIMEOUT)
     dist.distributed_c10d._set_pg_timeout(patience or LONG_TIMEOUT)
     try:
         yield build_topology(layout, seed, tokens_multiple, patience or STEP_TIMEOUT)
@@ -121,14 +122,6 @@ def distributed(
             raise lost from error
         raise
     leave_groups()
-
-
-def _join(patience: datetime.timedelta) -> None:
-    try:
-        dist.init_process_group(backend(), timeout=patience)
-    except RuntimeError as error:  # which torch's own errors are
-        reason = str(error).strip().split("\n")[0]
-        raise LostRankError(f"{this_rank()} did not meet the others at {meeting_place()} ({reason})") from error
 
 
 def build_topology(
