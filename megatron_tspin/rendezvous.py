@@ -54,7 +54,8 @@ def meeting(backend: str, late_seconds: float = _LATE_SECONDS) -> Iterator[None]
     """Around torch's rendezvous: says once who waits for whom if it takes long, and in one line how it failed.
 
     A rank that is waited for may only be late, so this ends nothing. A thread watches the clock, because a connection
-    made to see who is there could get in the way of the store.
+    made to see who is there could get in the way of the store. What comes early matters: for a rank that never
+    connects, gloo of torch 2.13 waits five times as long as it is told to.
 
     Args:
         backend: As in `check_rendezvous`.
