@@ -29,7 +29,7 @@ def separate_stderr() -> None:
         return
     if rank == 0:
         terminal = os.dup(_STDERR)
-        sys.stderr = open(terminal, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        sys.stderr = open(terminal, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (it lives as long as the process)
     os.dup2(own, _STDERR)
     os.close(own)
     faulthandler.enable(file=_STDERR, all_threads=False)
