@@ -11,7 +11,7 @@ from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture, LayerFacts, Norm
 from megatron_tspin.precision import TorchFp8, check_machine, core_fields, describe, in_fp8, torch_fp8
 from megatron_tspin.report.headline import describe_objective
 
@@ -108,8 +108,8 @@ def test_policies_answer_without_fp8() -> None:
 def architecture(**sizes: int) -> Architecture:
     values = {"hidden_size": 64, "ffn_hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, **sizes}
     return Architecture(
-        family="llama", vocab_size=100, num_layers=2, norm_eps=1e-5, tied_embeddings=True, max_positions=64,
-        sliding_window=None, folder=Path("checkpoint"), **values,
+        family="llama", vocab_size=100, layers=(LayerFacts(),) * 2, norm=Norm("rms", 1e-5), tied_embeddings=True,
+        max_positions=64, ropes=(), softmax_scale=0.25, folder=Path("checkpoint"), **values,
     )  # fmt: skip
 
 

@@ -14,49 +14,123 @@ _ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "untied": {},
     "llama3_rope": {"rope_parameters": _ROPE},
-    "mistral_window": {"sliding_window": 8},
+    "mistral_window": {"class": "Mistral", "sliding_window": 8},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "yarn": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
+    "yarn": {"rope_parameters": _YARN},
+    "llama_biases": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "head_dim": 16},
+    "smollm3": {"class": "SmolLM3", "no_rope_layers": [1, 0, 1, 1]},
+    "smollm3_window": {
+        "class": "SmolLM3",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 8,
     },
+    "qwen2": {"class": "Qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2_window": {"class": "Qwen2", "tie_word_embeddings": True, **_WINDOWED},
+    "qwen3": {"class": "Qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_window": {"class": "Qwen3", "attention_bias": True, "rope_parameters": _YARN, **_WINDOWED},
+    "phi3": {"class": "Phi3", "sliding_window": 8},
+    "phi4": {
+        "class": "Phi3",
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 96,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.25, 1.5],
+            "long_factor": [2.0, 3.0, 4.0],
+        },
+    },
+    "granite": {
+        "class": "Granite",
+        "tie_word_embeddings": True,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {
+        "class": "Gemma2",
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "final_logit_softcapping": 4.0,
+        "attn_logit_softcapping": 3.0,
+    },
+    "gemma2_plain": {
+        "class": "Gemma2",
+        "attention_bias": True,
+        "sliding_window": 8,
+        "layer_types": _ALTERNATING[1:] + ["sliding_attention"],
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+    },
+    "gemma3": {
+        "class": "Gemma3Text",
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention"] * 2 + _ALTERNATING[:2],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+    },
+    "olmo2": {"class": "Olmo2", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "gpt_neox": {"class": "GPTNeoX", "num_key_value_heads": None},
+    "gpt_neox_serial": {
+        "class": "GPTNeoX",
+        "num_key_value_heads": None,
+        "tie_word_embeddings": True,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5},
+    },
+}
+"""Settings by name; `class` is that of transformers without `Config`, Llama where there is none."""
+DENSE = tuple(KINDS)
+
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
 }
 
 
 def write_checkpoint(folder: Path, kind: str) -> None:
-    """Writes 4 layers of width 32 with 4 heads and 2 KV heads, all weights random, norms included."""
+    """Writes 4 layers of width 32 with 4 heads and 2 KV heads, all weights random, norms and biases included."""
     import torch
     import transformers
 
-    settings = {"tie_word_embeddings": False, **KINDS[kind]}
-    family = "Mistral" if "sliding_window" in settings else "Llama"
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=1,
-        **settings,
+    settings = {**_COMMON, **KINDS[kind]}
+    config = getattr(transformers, f"{settings.pop('class', 'Llama')}Config")(
+        **{name: value for name, value in settings.items() if name != "num_key_value_heads" or value is not None}
     )
     generator = torch.Generator().manual_seed(list(KINDS).index(kind) + 1)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
+            mean = 1.0 if "norm" in name and "gemma" not in config.model_type else 0.0
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_tspin.config import default_row_capacity
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 
 TRANSFORMERS = "transformers"
 TRANSFORMERS_MB1 = "transformers_mb1"

@@ -18,7 +18,8 @@ from megatron_tspin.benchmark.side_process import SideProcess, make_side
 from megatron_tspin.benchmark.work import predicted_flops, useful_flops
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
-from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.packing import Shape
 
 _log = get_logger(__name__)

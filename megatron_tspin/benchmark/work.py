@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tspin.benchmark.lengths import response_tokens
 from megatron_tspin.benchmark.settings import OWN_SIDES, PACKED, PADDED, RECIPE, StepSettings
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.objective.packing import Shape, work_model
 
 _TRAINED = 3.0

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_tspin.checkpoint.families import EMBEDDING, LM_HEAD, SourceRange, weights
 from megatron_tspin.checkpoint.tensor_check import Header, refused_dtype, tensor_problems
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.families.registry import FAMILIES
 
 _SHOWN = 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,19 +67,17 @@ class HFFolder:
     def _stored_dtype(self, name: str) -> str:
         return str(self._files[name].get_slice(name).get_dtype())
 
-    def read(self, name: str, source_range: SourceRange | None = None) -> Tensor:
-        """Reads a tensor, or the rows or columns of one, and no more than those.
+    def read(self, name: str, part: slice | None = None, dim: int = 0) -> Tensor:
+        """Reads a tensor, or a part of its rows (`dim` 0) or columns (`dim` 1), and no more than that.
 
         Raises:
             InputError: It holds NaN or an infinity.
         """
         stored = self._files[name].get_slice(name)
-        if source_range is None:
+        if part is None:
             tensor: Tensor = stored[:]
-        elif source_range.dim == 0:
-            tensor = stored[source_range.start : source_range.stop]
         else:
-            tensor = stored[:, source_range.start : source_range.stop]
+            tensor = stored[part] if dim == 0 else stored[:, part]
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise InputError(
@@ -91,8 +89,8 @@ class HFFolder:
     def check(self, architecture: Architecture) -> None:
         """Demands exactly the tensors that the architecture has, with their shapes.
 
-        Buffers called `*.inv_freq` are not weights and are passed over. A tied checkpoint may store its embedding a
-        second time as `lm_head.weight`.
+        Buffers are not weights and are passed over. A tied checkpoint may store its embedding a second time as the
+        head.
 
         Raises:
             InputError: Names every tensor (at most twenty) that is missing, left over, or of another shape or type.
@@ -106,11 +104,11 @@ class HFFolder:
         yield from tensor_problems(
             {name: Header(self.shape(name), self._stored_dtype(name)) for name in self.names}, architecture
         )
-        if architecture.tied_embeddings and LM_HEAD in self.names:
-            embedding = next(weight.hf[0] for weight in weights(architecture) if weight.core == EMBEDDING)
-            if embedding in self.names and not torch.equal(self.read(LM_HEAD), self.read(embedding)):
+        head, embedding = FAMILIES[architecture.family].head, FAMILIES[architecture.family].embedding
+        if architecture.tied_embeddings and {head, embedding} <= self.names:
+            if not torch.equal(self.read(head), self.read(embedding)):
                 yield (
-                    f"config.json ties the embeddings but {LM_HEAD} differs from {embedding}; set "
+                    f"config.json ties the embeddings but {head} differs from {embedding}; set "
                     "tie_word_embeddings to false, or remove the tensor that is not meant"
                 )
 

@@ -9,21 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tspin.checkpoint.families import (
-    EMBEDDING,
-    OUTPUT_LAYER,
-    Kind,
-    Weight,
-    core_shape,
-    source_ranges,
-    weights,
-)
 from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import track
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.families import table
+from megatron_tspin.models.families.registry import tensors
+from megatron_tspin.models.families.table import Split
+from megatron_tspin.models.families.table import Tensor as Entry
 from megatron_tspin.models.fp8_linear import weights_changed
-from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
 from megatron_tspin.storage import atomic_path
@@ -31,9 +27,11 @@ from megatron_tspin.storage import atomic_path
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Transformer Engine's linears have the norm before them inside.
 _TE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    f"{linear}.layer_norm_{kind}": f"{norm}.{kind}"
+    for linear, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm"))
+    for kind in ("weight", "bias")
 }
+_EMBEDDING, _OUTPUT_LAYER = f"{table.EMBEDDING}.weight", f"{table.OUTPUT_LAYER}.weight"
 
 
 @torch.no_grad()
@@ -51,31 +49,31 @@ def load_hf(model: PolicyModel, topology: Topology) -> None:
     source = HFFolder(model.architecture.folder)
     source.check(model.architecture)
     found = list(_local_weights(model, topology))
-    for weight, parameter in track(found, "read HF weights", len(found), "tensor", topology.speaks):
-        _fill(parameter, weight, source, model.architecture, topology)
+    for entry, parameter in track(found, "read HF weights", len(found), "tensor", topology.speaks):
+        _fill(parameter, entry, source, topology)
     weights_changed(model)
 
 
-def _fill(parameter: Tensor, weight: Weight, source: HFFolder, architecture: Architecture, topology: Topology) -> None:
-    if weight.kind is Kind.VOCABULARY:
-        parameter.zero_()
+def _fill(parameter: Tensor, entry: Entry, source: HFFolder, topology: Topology) -> None:
     filled = 0
-    for source_range in source_ranges(weight, architecture, topology.tp_rank, topology.tp_size):
-        length = source_range.stop - source_range.start
-        values = source.read(weight.hf[source_range.source], source_range)
-        parameter.narrow(source_range.dim, filled, length).copy_(values)
+    for begin, part in entry.ranges(topology.tp_rank, topology.tp_size):
+        length = part.stop - part.start
+        values = source.read(entry.hf[part.source], slice(part.start, part.stop), entry.dim)
+        parameter.narrow(entry.dim, begin, length).copy_(values)
         filled += length
+    if filled < parameter.shape[entry.dim]:  # the last rows of a padded vocabulary
+        parameter.narrow(entry.dim, filled, parameter.shape[entry.dim] - filled).zero_()
 
 
-def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Weight, torch.nn.Parameter]]:
+def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
     """Every parameter of this rank, once, with its line of the table."""
-    table = {weight.core: weight for weight in weights(model.architecture)}
+    lines = {entry.core: entry for entry in tensors(model.architecture)}
     if model.architecture.tied_embeddings:
-        table[OUTPUT_LAYER] = table[EMBEDDING]
+        lines[_OUTPUT_LAYER] = lines[_EMBEDDING]
     parameters = {_global_name(name, model): parameter for name, parameter in model.named_parameters()}
-    expected = {name for name in table if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank}
+    expected = {name for name in lines if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank}
     if model.architecture.tied_embeddings and topology.pp_size == 1:
-        expected.discard(OUTPUT_LAYER)  # one parameter serves both ends
+        expected.discard(_OUTPUT_LAYER)  # one parameter serves both ends
     if set(parameters) != expected:
         unknown, absent = sorted(set(parameters) - expected), sorted(expected - set(parameters))
         raise InputError(
@@ -83,10 +81,10 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Wei
             f"parameters without a source: {unknown}; sources without a parameter: {absent}"
         )
     for name, parameter in parameters.items():
-        shape = core_shape(table[name], model.architecture, topology.tp_size)
+        shape = lines[name].core_shape(topology.tp_size)
         if tuple(parameter.shape) != shape:
             raise InputError(f"parameter {name} has shape {list(parameter.shape)}, its sources make {list(shape)}")
-        yield table[name], parameter
+        yield lines[name], parameter
 
 
 def _global_name(name: str, model: PolicyModel) -> str:
@@ -104,7 +102,7 @@ def _stage_of(core_name: str, architecture: Architecture, pp_size: int) -> int:
     found = _LAYER.match(core_name)
     if found:
         return int(found[1]) // (architecture.num_layers // pp_size)
-    return 0 if core_name == EMBEDDING else pp_size - 1
+    return 0 if core_name == _EMBEDDING else pp_size - 1
 
 
 @torch.no_grad()
@@ -136,21 +134,21 @@ def export_hf(
     """
     source = HFFolder(source_hf)
     source.check(read_architecture(source_hf))
-    local = {weight.core: parameter for weight, parameter in _local_weights(model, topology)}
-    order = list(weights(model.architecture))
+    local = {entry.core: parameter for entry, parameter in _local_weights(model, topology)}
+    order = list(tensors(model.architecture))
     if topology.rank != 0:
-        for weight in order:
-            _send(weight, local, model.architecture, topology)
+        for entry in order:
+            _send(entry, local, model.architecture, topology)
     else:
         sizes = {
             name: (shape, dtype or source.dtype(name))
-            for weight in order
-            for name, shape in zip(weight.hf, weight.shapes, strict=True)
+            for entry in order
+            for name, shape in zip(entry.hf, entry.layout.shapes, strict=True)
         }
         with atomic_path(target) as folder:
             writer = HFWriter(folder, sizes, shard_bytes)
-            for weight in track(order, "write HF weights", len(order), "tensor"):
-                for name, tensor in _gather(weight, local, model.architecture, topology).items():
+            for entry in track(order, "write HF weights", len(order), "tensor"):
+                for name, tensor in _gather(entry, local, model.architecture, topology).items():
                     writer.add(name, tensor)
             writer.finish(source_hf, dtype)
             complete(folder)
@@ -159,39 +157,35 @@ def export_hf(
     dist.barrier()
 
 
-def _send(weight: Weight, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology) -> None:
+def _send(entry: Entry, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology) -> None:
     """Hands this rank's part of a weight to rank 0, if rank 0 needs it from here."""
     if topology.dp_rank != 0 or topology.cp_rank != 0:
         return
-    if _stage_of(weight.core, architecture, topology.pp_size) != topology.pp_rank:
+    if _stage_of(entry.core, architecture, topology.pp_size) != topology.pp_rank:
         return
-    if weight.kind is Kind.REPLICATED and topology.tp_rank != 0:
+    if entry.layout.split is Split.NONE and topology.tp_rank != 0:
         return
-    dist.send(local[weight.core].detach().contiguous(), dst=0)
+    dist.send(local[entry.core].detach().contiguous(), dst=0)
 
 
 def _gather(
-    weight: Weight, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology
+    entry: Entry, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology
 ) -> dict[str, Tensor]:
     """The HF tensors of a weight, whole, on the CPU; on rank 0."""
     like = next(iter(local.values()))
-    whole = [torch.empty(shape, dtype=like.dtype) for shape in weight.shapes]
-    stage = _stage_of(weight.core, architecture, topology.pp_size)
-    shape = core_shape(weight, architecture, topology.tp_size)
-    for tp_rank in range(1 if weight.kind is Kind.REPLICATED else topology.tp_size):
+    whole = [torch.empty(shape, dtype=like.dtype) for shape in entry.layout.shapes]
+    stage = _stage_of(entry.core, architecture, topology.pp_size)
+    shape = entry.core_shape(topology.tp_size)
+    for tp_rank in range(1 if entry.layout.split is Split.NONE else topology.tp_size):
         # Megatron's order of ranks: TP fastest, then CP, then DP, then PP.
         rank = tp_rank + topology.tp_size * topology.cp_size * topology.dp_size * stage
         if rank == 0:
-            part = local[weight.core].detach()
+            part = local[entry.core].detach()
         else:
             # Received whole and contiguous: gloo fills strided views with wrong values, silently.
             part = torch.empty(shape, dtype=like.dtype, device=like.device)
             dist.recv(part, src=rank)
-        taken = 0
-        for source_range in source_ranges(weight, architecture, tp_rank, topology.tp_size):
-            length = source_range.stop - source_range.start
-            whole[source_range.source].narrow(source_range.dim, source_range.start, length).copy_(
-                part.narrow(source_range.dim, taken, length)
-            )
-            taken += length
-    return dict(zip(weight.hf, whole, strict=True))
+        for begin, piece in entry.ranges(tp_rank, topology.tp_size):
+            length = piece.stop - piece.start
+            whole[piece.source].narrow(entry.dim, piece.start, length).copy_(part.narrow(entry.dim, begin, length))
+    return dict(zip(entry.hf, whole, strict=True))

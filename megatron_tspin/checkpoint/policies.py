@@ -8,8 +8,8 @@ from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import ArtifactError
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.build import build_chunks
-from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, on_first_rank
 from megatron_tspin.run_folder import RunFolder, step_folders

@@ -40,8 +40,8 @@ from megatron_tspin.checkpoint.shards import bare_policies, by_place, sharded_pa
 from megatron_tspin.checkpoint.verification import verify_together
 from megatron_tspin.errors import ArtifactError, DiskFullError, InputError, StageError
 from megatron_tspin.heartbeat import busy
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.fp8_linear import weights_changed
-from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
 from megatron_tspin.storage import explain_full, fsync_path, is_full

@@ -6,8 +6,8 @@ No torch here: the driver asks too.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_tspin.checkpoint.families import LM_HEAD, weights
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.families.registry import FAMILIES, tensors
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Types of weights that are read, as safetensors writes them."""
@@ -24,12 +24,12 @@ class Header:
 def tensor_problems(headers: Mapping[str, Header], architecture: Architecture) -> Iterator[str]:
     """Every tensor that is missing, left over, or of another shape or type.
 
-    Buffers called `*.inv_freq` are not weights and are passed over. A tied checkpoint may store its embedding a second
-    time as `lm_head.weight`.
+    Buffers are not weights and are passed over. A tied checkpoint may store its embedding a second time as the head.
     """
-    left_over = {name for name in headers if not name.endswith(".inv_freq")}
-    for weight in weights(architecture):
-        for name, shape in zip(weight.hf, weight.shapes, strict=True):
+    family = FAMILIES[architecture.family]
+    left_over = {name for name in headers if not name.endswith((".inv_freq", *family.buffers))}
+    for tensor in tensors(architecture):
+        for name, shape in zip(tensor.hf, tensor.layout.shapes, strict=True):
             if name not in headers:
                 yield f"tensor {name} is missing; config.json describes an architecture that has it"
                 continue
@@ -39,7 +39,7 @@ def tensor_problems(headers: Mapping[str, Header], architecture: Architecture) -
             if headers[name].dtype not in FLOATING:
                 yield refused_dtype(name, headers[name].dtype)
     if architecture.tied_embeddings:
-        left_over.discard(LM_HEAD)
+        left_over.discard(family.head)
     for name in sorted(left_over):
         yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
 

@@ -4,7 +4,6 @@ import datetime
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tspin.checkpoint.families import weights
 from megatron_tspin.config import Config
 from megatron_tspin.doctor.findings import Facts, Finding, Gpu, differences, gpu_findings, own_facts
 from megatron_tspin.doctor.shared_folder import held_lock, lock_findings, missing_probes, remove_probes, write_probe
@@ -20,6 +18,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
+from megatron_tspin.models.sizes import num_parameters
 from megatron_tspin.parallel import Topology, distributed
 from megatron_tspin.platform import device, has_cuda
 from megatron_tspin.run_folder import RunFolder
@@ -64,7 +63,7 @@ def examine(config: Config) -> None:
 def least_bytes_of_a_rank(config: Config) -> int:
     """Bytes of weights, gradients and optimizer of an average rank that trains; activations come on top."""
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    parameters = sum(prod(shape) for weight in weights(architecture) for shape in weight.shapes)
+    parameters = num_parameters(architecture)
     layout = config.parallel
     shared = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     moments = 2 if config.optimizer.optimizer == "adam" else 1

@@ -90,7 +90,7 @@ class Engine:
         One rank chooses and tells the others: should the TP ranks' logits differ by rounding, each would go on with
         tokens of its own, and their caches would hold parts of different answers.
         """
-        logits = self._forward(tokens, batch.position_ids(tokens.shape[1]), batch.mask(tokens.shape[1], self._window()))
+        logits = self._forward(tokens, batch.position_ids(tokens.shape[1]), batch.mask(tokens.shape[1]))
         rows = tokens.shape[0]
         result = torch.zeros(2, rows, dtype=torch.float64, device=device())
         if logits is not None and self._topology.tp_rank == 0:
@@ -100,10 +100,6 @@ class Engine:
         if not all(map(math.isfinite, values)):  # every rank has the same values, so that all of them stop
             raise DivergenceError("the policy's log-probs are not finite: its weights hold NaN or infinity")
         return [int(token) for token in ids], values
-
-    def _window(self) -> int | None:
-        window: int | None = self._model.architecture.sliding_window
-        return window
 
     def _forward(self, tokens: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor | None:
         """One pass through all pipeline stages; logits [b, V] on the last one, None elsewhere."""
@@ -150,14 +146,12 @@ class _Batch:
         slots = torch.arange(self._filled, self._filled + length, device=device())
         return (slots[None, :] - self._padding[:, None]).clamp(min=0)
 
-    def mask(self, length: int, window: int | None) -> Tensor:
+    def mask(self, length: int) -> Tensor:
         """Bool [b, 1, length, slots filled after this pass], True where a token sees a slot; advances the slots."""
         total = self._filled + length
         queries = torch.arange(self._filled, total, device=device())[None, :, None]
         keys = torch.arange(total, device=device())[None, None, :]
         seen = (keys <= queries) & (keys >= self._padding[:, None, None])
-        if window is not None:
-            seen &= keys > queries - window
         self._filled = total
         # A padding token sees itself: a row of the softmax without any key would be NaN.
         return (seen | (keys == queries))[:, None]

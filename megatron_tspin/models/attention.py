@@ -1,4 +1,4 @@
-"""Core attention and RMSNorm for megatron-core's layers, readable and the same on every platform.
+"""Core attention for megatron-core's layers, readable and the same on every platform.
 
 megatron-core's local attention forks CUDA's random state and its local norm refuses sequence parallelism; these two
 do neither. Both come in through the layer spec (`models/layer_specs.py`).
@@ -7,12 +7,12 @@ do neither. Both come in through the layer spec (`models/layer_specs.py`).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_tspin.models.packed_attention import BACKENDS, PackedAttention
 from megatron_tspin.models.row_layout import RowLayout
+from megatron_tspin.models.scores import Scores, attend
 
 
 class KeyValueCache:
@@ -49,15 +49,15 @@ class CausalAttention(torch.nn.Module):
 
     With a `RowLayout` the one row is a packed one, attended to by a backend of `packed_attention`. Otherwise torch's
     SDPA: without a mask rows are causal (padding on the right is never attended to); with a mask, `attention_mask` is
-    boolean [b, 1, queries, keys], True where a query sees a key, and has to contain causality and the sliding window.
+    boolean [b, 1, queries, keys], True where a query sees a key, and has to contain causality; the layer's window comes
+    on top.
     """
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, config: Any, layer_number: int, scores: Scores, **_: Any) -> None:
         """Takes what megatron-core's attention hands to a core attention; the rest of it does not concern this one."""
         super().__init__()
         self.layer_number = layer_number
-        self.scale = softmax_scale or config.kv_channels**-0.5
-        self.window: int | None = config.sliding_window_keys
+        self.scores = scores
         self.packed: PackedAttention = BACKENDS[config.packed_attention]
         self.cache: KeyValueCache | None = None
 
@@ -89,56 +89,37 @@ class CausalAttention(torch.nn.Module):
             key, value = self.cache.append(key, value)
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or key groups, s, d]
+        window = self.scores.window
+        if window is not None and k.shape[2] > window:
+            recent = window_mask(q.shape[2], k.shape[2], window, q.device)
+            attention_mask = recent if attention_mask is None else attention_mask & recent
         if repeats > 1 and attention_mask is not None:
             return self._by_groups(q, k, v, attention_mask, repeats)
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        if attention_mask is None and self.window is not None and q.shape[2] > self.window:
-            attention_mask = window_mask(q.shape[2], self.window, q.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, scale=self.scale
-        )
+        out = attend(q, k, v, attention_mask, self.scores)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _by_groups(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, repeats: int) -> Tensor:
         """The heads of a key group as more queries of one head, so that no key and no value is copied."""
         rows, heads, queries, width = q.shape
         grouped = q.reshape(rows, heads // repeats, repeats * queries, width)
-        seen = mask.repeat(1, 1, repeats, 1)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen, scale=self.scale)
+        out = attend(grouped, k, v, mask.repeat(1, 1, repeats, 1), self.scores)
         return out.reshape(rows, heads, queries, width).permute(2, 0, 1, 3).reshape(queries, rows, -1)
 
     def _over_packed_row(self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
         if layout.context.size > 1:
             both = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=layout.context.group)
             key, value = both.index_select(0, layout.gathered_order.to(both.device)).unbind(1)
-        out = self.packed(query[:, 0], key[:, 0], value[:, 0], layout, self.scale, self.window)
+        out = self.packed(query[:, 0], key[:, 0], value[:, 0], layout, self.scores)
         return out.reshape(query.shape[0], 1, -1)
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """[1, 1, length, length], True where the key is one of the last `window` positions, the query's own included."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys], True where the key is one of the last `window` positions, the query's own included.
 
-
-class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight, computed in fp32, with the weight marked for sequence parallelism.
-
-    The signature is what megatron-core's spec builder calls a norm with.
+    The last query is at the last key's position.
     """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # megatron-core sums the gradients of marked parameters over TP, as each rank saw its part of the sequence.
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight: torch.nn.Parameter = weight
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises the last dimension of [s, b, h]."""
-        wide = hidden.float()
-        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normal.to(hidden.dtype)
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]

@@ -8,7 +8,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.provider import make_model_provider
 from megatron_tspin.parallel import Topology

@@ -216,15 +216,17 @@ class _Fp8Weight(torch.nn.Module):
                     f"linear {name}: {size} {what} a rank at TP {tp}, and FP8 needs a multiple of {ALIGNMENT}; use a "
                     f"TP that leaves one, or train without FP8"
                 )
-        if getattr(self, "bias", None) is not None:
-            raise InputError(f"linear {name}: has a bias, which FP8 does not add; train without FP8")
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **_: Any) -> Tensor:
-        """megatron-core's hook for the product: [s, b, k] to [s, b, n], with s as the layout splits it."""
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        """megatron-core's hook for the product: [s, b, k] to [s, b, n], with s as the layout splits it.
+
+        A bias is added in the format of the output.
+        """
         backward_follows = torch.is_grad_enabled()
         operands = self._current_operands(weight.detach(), backward_follows)
         keep_input = backward_follows and weight.requires_grad
-        return run(_Fp8Linear, input, weight, operands, self._plan, keep_input)
+        output: Tensor = run(_Fp8Linear, input, weight, operands, self._plan, keep_input)
+        return output if bias is None else output + bias
 
     def _current_operands(self, weight: Tensor, backward_follows: bool) -> _WeightOperands:
         split = self._plan.weight_split
@@ -261,6 +263,8 @@ class Fp8RowParallelLinear(_Fp8Weight, RowParallelLinear):
     """RowParallelLinear in FP8, by the settings in `config.torch_fp8`."""
 
     input_size_per_partition: int
+    skip_bias_add: bool
+    bias: torch.nn.Parameter | None
 
     def _plan_of(self, settings: TorchFp8) -> tuple[_Plan, int, int]:
         split = get_pg_size(self.tp_group) > 1
@@ -274,13 +278,16 @@ class Fp8RowParallelLinear(_Fp8Weight, RowParallelLinear):
         )
         return plan, self.input_size_per_partition, self.output_size
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        """[s, b, k of this rank] to [s, b, n], of this rank's part of s under sequence parallelism; and no bias."""
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, k of this rank] to [s, b, n], of this rank's part of s under sequence parallelism; and the bias."""
         if self._plan.gradient_split == 0:
             # The sum over TP is part of our step, so that its gradient travels in FP8.
-            return self._forward_impl(input_, self.weight), None
-        output, _ = super().forward(input_)
-        return output, None
+            output = self._forward_impl(input_, self.weight)
+            if self.bias is None or self.skip_bias_add:
+                return output, self.bias
+            return output + self.bias, None
+        output, bias = super().forward(input_)
+        return output, bias
 
 
 def _name(options: dict[str, Any]) -> str:

@@ -50,6 +50,34 @@ class ResponseTargets:
 
 
 @dataclass(frozen=True)
+class LogitsRule:
+    """From the products of hidden states and output matrix to logits: the one place for scales and soft caps."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    """Logits become cap * tanh(logit / cap)."""
+
+    def apply(self, products: Tensor) -> Tensor:
+        """Logits, in the products' memory."""
+        if self.scale != 1.0:
+            products = products.mul_(self.scale)
+        if self.cap is not None:
+            products = products.div_(self.cap).tanh_().mul_(self.cap)
+        return products
+
+    def times_slope(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of the products, in the memory of the logits' gradient."""
+        if self.scale != 1.0:
+            gradient = gradient.mul_(self.scale)
+        if self.cap is not None:
+            gradient = gradient.mul_(1.0 - (logits / self.cap).square_())
+        return gradient
+
+
+PLAIN = LogitsRule()
+
+
+@dataclass(frozen=True)
 class VocabularyShard:
     """The rows of the vocabulary that this TP rank holds, and the group that holds the others."""
 
@@ -70,6 +98,7 @@ def sequence_log_probs(
     targets: ResponseTargets,
     shard: VocabularyShard,
     weight_is_shared: bool = False,
+    rule: LogitsRule = PLAIN,
 ) -> Tensor:
     """Log-prob of each response: the sum over its tokens, in fp32.
 
@@ -80,13 +109,14 @@ def sequence_log_probs(
         targets: The response tokens.
         shard: Where the rows belong.
         weight_is_shared: Another module of this rank (the embedding) hands autograd a gradient of the same weight.
+        rule: Makes logits.
 
     Returns:
         fp32 [num_responses], the same on every TP rank. With `targets.diagnostics` [3, num_responses]: log-probs, and
         without gradient the entropy in nats and the number of tokens that are the most probable one, both summed
         over the response's tokens.
     """
-    return run(_SequenceLogProbs, hidden, weight, targets, shard, weight_is_shared)
+    return run(_SequenceLogProbs, hidden, weight, targets, shard, weight_is_shared, rule)
 
 
 class _SequenceLogProbs(torch.autograd.Function):
@@ -100,10 +130,11 @@ class _SequenceLogProbs(torch.autograd.Function):
         targets: ResponseTargets,
         shard: VocabularyShard,
         weight_is_shared: bool,
+        rule: LogitsRule,
     ) -> Tensor:
-        statistics = _token_statistics(hidden, weight, targets, shard)
+        statistics = _token_statistics(hidden, weight, targets, shard, rule)
         ctx.save_for_backward(hidden, weight, statistics.log_sum_exp.float())
-        ctx.targets, ctx.shard, ctx.weight_is_shared = targets, shard, weight_is_shared
+        ctx.targets, ctx.shard, ctx.weight_is_shared, ctx.rule = targets, shard, weight_is_shared, rule
         rows = [statistics.target - statistics.log_sum_exp]
         if targets.diagnostics:
             is_top = statistics.target >= statistics.largest
@@ -113,19 +144,21 @@ class _SequenceLogProbs(torch.autograd.Function):
         return sums.float() if targets.diagnostics else sums[0].float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         hidden, weight, log_sum_exp = ctx.saved_tensors
         targets: ResponseTargets = ctx.targets
         by_response = gradients[0][0] if targets.diagnostics else gradients[0]
         slope = by_response.index_select(0, targets.response_index)
         main_grad: Tensor | None = getattr(weight, "main_grad", None)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if main_grad is None else main_grad
-        hidden_gradient = _accumulate_gradients(hidden, weight, targets, ctx.shard, log_sum_exp, slope, weight_gradient)
+        hidden_gradient = _accumulate_gradients(
+            hidden, weight, targets, ctx.shard, ctx.rule, log_sum_exp, slope, weight_gradient
+        )
         if main_grad is None:
-            return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None
+            return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None
         if ctx.weight_is_shared:
-            return hidden_gradient, None, None, None, None
-        return hidden_gradient, already_added(weight), None, None, None
+            return hidden_gradient, None, None, None, None, None
+        return hidden_gradient, already_added(weight), None, None, None, None
 
 
 @dataclass
@@ -141,7 +174,7 @@ class _TokenStatistics:
 
 
 def _token_statistics(
-    hidden: Tensor, weight: Tensor, targets: ResponseTargets, shard: VocabularyShard
+    hidden: Tensor, weight: Tensor, targets: ResponseTargets, shard: VocabularyShard, rule: LogitsRule
 ) -> _TokenStatistics:
     """Runs over the tiles of this shard, then joins the shards with one MAX and one SUM."""
     positions_per_tile, _ = _tile(hidden)
@@ -152,6 +185,7 @@ def _token_statistics(
             targets.token_ids[start : start + positions_per_tile] - shard.first,
             shard.valid,
             targets.diagnostics,
+            rule,
         )
         for start in range(0, len(targets.positions), positions_per_tile)
     ]
@@ -159,7 +193,9 @@ def _token_statistics(
     return _join_shards(local, shard, targets.diagnostics)
 
 
-def _local_statistics(hidden: Tensor, weight: Tensor, local_ids: Tensor, valid: int, diagnostics: bool) -> Tensor:
+def _local_statistics(
+    hidden: Tensor, weight: Tensor, local_ids: Tensor, valid: int, diagnostics: bool, rule: LogitsRule
+) -> Tensor:
     """Over this shard's real tokens, float64 [4, n]: largest logit, sum of exponentials, target logit, mean numerator.
 
     Exponentials are relative to the largest logit; the target's logit is 0 where another shard holds the target; the
@@ -172,7 +208,7 @@ def _local_statistics(hidden: Tensor, weight: Tensor, local_ids: Tensor, valid: 
     _, rows_per_tile = _tile(hidden)
     for first in range(0, valid, rows_per_tile):
         rows = weight[first : min(first + rows_per_tile, valid)]
-        logits = _logits(hidden, rows)
+        logits = rule.apply(_products(hidden, rows))
         place = local_ids - first
         inside = (place >= 0) & (place < rows.shape[0])
         at_target = logits.gather(1, place.clamp(0, rows.shape[0] - 1)[:, None])[:, 0]
@@ -208,6 +244,7 @@ def _accumulate_gradients(
     weight: Tensor,
     targets: ResponseTargets,
     shard: VocabularyShard,
+    rule: LogitsRule,
     log_sum_exp: Tensor,
     slope: Tensor,
     weight_gradient: Tensor,
@@ -225,10 +262,13 @@ def _accumulate_gradients(
         gradient = torch.zeros_like(states, dtype=torch.float32)
         for first in range(0, shard.valid, rows_per_tile):
             rows = slice(first, min(first + rows_per_tile, shard.valid))
-            tile = _matmul_fp32(states, weight[rows].t()).sub_(log_sum_exp[part, None]).exp_()
+            logits = rule.apply(_matmul_fp32(states, weight[rows].t()))
+            kept = logits if rule.cap is None else logits.clone()
+            tile = logits.sub_(log_sum_exp[part, None]).exp_()
             tile.mul_(-slope[part, None])
             inside = ((place >= rows.start) & (place < rows.stop)).nonzero()[:, 0]
             tile[inside, place[inside] - rows.start] += slope[part][inside]
+            tile = rule.times_slope(tile, kept)
             _add_matmul(gradient, tile, weight[rows])
             _add_matmul(weight_gradient[rows], tile.t(), states)
         hidden_gradient.index_add_(0, targets.positions[part], gradient)
@@ -239,8 +279,8 @@ def _tile(tensor: Tensor) -> tuple[int, int]:
     return _CUDA_TILE if tensor.is_cuda else _CPU_TILE
 
 
-def _logits(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Logits fp32 [n, rows].
+def _products(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Products fp32 [n, rows] of hidden states and rows of the output matrix.
 
     In fp32 training each is summed in float64 and rounded once. Its terms cancel (on SmolLM2-135M they sum to 80 in
     magnitude and to 6 in all), so that an fp32 sum would be two thirds of the whole model's rounding error.
@@ -267,9 +307,11 @@ def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right.float())
 
 
-def full_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, vocab_size: int) -> Tensor:
+def full_logits(
+    hidden: Tensor, weight: Tensor, shard: VocabularyShard, vocab_size: int, rule: LogitsRule = PLAIN
+) -> Tensor:
     """Logits fp32 [n, vocab_size] of every real token, gathered over TP; for sampling, without gradient."""
-    local = torch.nn.functional.linear(hidden, weight).float().contiguous()
+    local = rule.apply(torch.nn.functional.linear(hidden, weight).float()).contiguous()
     if not shard.split():
         return local[:, :vocab_size]
     parts = [torch.empty_like(local) for _ in range(shard.group.size())]

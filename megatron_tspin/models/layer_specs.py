@@ -1,52 +1,126 @@
 """What a decoder layer is built of: torch's linears, our FP8 ones, or Transformer Engine's. Attention is ours."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.models.attention import CausalAttention, RMSNorm
+from megatron_tspin.models.activations import activation_class
+from megatron_tspin.models.architecture import Architecture, LayerFacts
+from megatron_tspin.models.attention import CausalAttention
 from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_tspin.models.gated_activation import GatedSiLU
+from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm, ScaledColumns
+from megatron_tspin.models.policy_layer import LayerPlan, PolicyLayer
+from megatron_tspin.models.scores import Scores
 from megatron_tspin.precision import in_fp8, uses_transformer_engine
+
+_Class = TypeVar("_Class", bound=type)
 
 
 def block_spec(
-    precision: PrecisionSection, first_layer: int, count: int, num_layers: int
+    architecture: Architecture,
+    precision: PrecisionSection,
+    attention_factors: Sequence[float],
+    first_layer: int,
+    count: int,
 ) -> TransformerBlockSubmodules:
-    """The layers of a pipeline stage, from `first_layer` (from 0, through the whole network) on, and the last norm."""
-    if uses_transformer_engine(precision):
-        # Which of these compute in FP8 megatron-core decides, layer by layer, from its config.
-        return TransformerBlockSubmodules(layer_specs=[te_layer()] * count, layer_norm=_te_norm())
-    kinds = [in_fp8(precision, first_layer + i, num_layers) for i in range(count)]
-    layer_of = {kind: local_layer(fp8=kind) for kind in set(kinds)}
-    layers = [layer_of[kind] for kind in kinds]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    """The layers of a pipeline stage, and the last norm.
+
+    Args:
+        architecture: Of the whole network.
+        precision: Number formats.
+        attention_factors: Of each of the architecture's ropes.
+        first_layer: The stage's first layer, from 0, through the whole network.
+        count: Its layers.
+    """
+    made: dict[Any, ModuleSpec] = {}
+    specs = []
+    for layer in range(first_layer, first_layer + count):
+        facts, fp8 = architecture.layers[layer], in_fp8(precision, layer, architecture.num_layers)
+        key = (facts, fp8)
+        if key not in made:
+            factor = 1.0 if facts.rope is None else attention_factors[facts.rope]
+            made[key] = _layer(architecture, facts, factor, precision, fp8)
+        specs.append(made[key])
+    norm = _te_norm() if uses_transformer_engine(precision) else norm_class(architecture)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def local_layer(fp8: bool) -> ModuleSpec:
-    """megatron-core's own layer with our attention, norm and activation, and on request our FP8 linears."""
-    layer, parts, mlp = _with_our_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
-    parts.input_layernorm = RMSNorm
-    parts.pre_mlp_layernorm = RMSNorm
-    if fp8:
-        attention = parts.self_attention.submodules
-        attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
-        mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+def _layer(
+    architecture: Architecture, facts: LayerFacts, factor: float, precision: PrecisionSection, fp8: bool
+) -> ModuleSpec:
+    """One layer. Which of Transformer Engine's parts compute in FP8 megatron-core decides, layer by layer."""
+    engine = uses_transformer_engine(precision)
+    layer, parts, mlp = _megatron_layer(engine)
+    attention = parts.self_attention.submodules
+    if not engine:
+        norm = norm_class(architecture) if architecture.norm_before else IdentityOp
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
+        if fp8:
+            attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+            mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    elif not architecture.norm_before:
+        attention.linear_qkv = mlp.linear_fc1 = _te_column_linear()
+    attention.linear_qkv = configured(attention.linear_qkv, bias=architecture.qkv_bias)
+    attention.linear_proj = configured(attention.linear_proj, bias=architecture.output_bias)
+    mlp.linear_fc1 = configured(mlp.linear_fc1, bias=architecture.mlp_bias)
+    mlp.linear_fc2 = configured(mlp.linear_fc2, bias=architecture.mlp_bias)
+    mlp.activation_func = activation_class(architecture.activation, architecture.gated)
+    whole = facts.rope is None or architecture.ropes[facts.rope].columns == architecture.head_dim
+    scale = architecture.softmax_scale * (factor**2 if whole else 1.0)
+    attention.core_attention = configured(
+        CausalAttention, scores=Scores(scale, facts.window, architecture.attention_cap)
+    )
+    attention.q_layernorm, attention.k_layernorm = _query_key_norms(architecture, facts, 1.0 if whole else factor)
+    after = norm_class(architecture) if architecture.norm_after else None
+    plan = LayerPlan(facts.rope, after, architecture.residual_scale, architecture.parallel_residual)
+    layer.module = configured(PolicyLayer, plan=plan)
     return layer
 
 
-def te_layer() -> ModuleSpec:
-    """megatron-core's layer of Transformer Engine's linears with the norms fused in, with our attention."""
-    layer, _, _ = _with_our_attention(get_gpt_layer_with_transformer_engine_spec())
-    return layer
+def _query_key_norms(architecture: Architecture, facts: LayerFacts, factor: float) -> tuple[type, type]:
+    """What queries and keys go through before they are rotated."""
+    if factor != 1.0 and facts.rope is not None:
+        scaled = configured(ScaledColumns, factor=factor, columns=architecture.ropes[facts.rope].columns)
+        return scaled, scaled
+    if architecture.query_key_norm == "all":
+        heads = (architecture.num_heads, architecture.num_kv_heads)
+        queries, keys = (configured(AllHeadsRMSNorm, heads=count) for count in heads)
+        return queries, keys
+    norm = norm_class(architecture) if architecture.query_key_norm == "head" else IdentityOp
+    return norm, norm
+
+
+def norm_class(architecture: Architecture) -> type:
+    """Our norm of hidden states."""
+    if architecture.norm.kind == "layer":
+        return LayerNorm
+    return configured(RMSNorm, unit_offset=True) if architecture.norm.unit_offset else RMSNorm
+
+
+def configured(base: _Class, **given: Any) -> _Class:
+    """The class with some arguments of its constructor given, whatever it is called with.
+
+    megatron-core 0.16 builds parts from classes and specs, 0.19 from classes and functions: a class is what both take.
+    It has one switch for the biases of all linears, where families differ linear by linear.
+    """
+
+    class Configured(base):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, **given})
+
+    Configured.__name__ = base.__name__
+    Configured.__qualname__ = base.__qualname__
+    return Configured  # type: ignore[return-value]
 
 
 def _te_norm() -> Any:
@@ -55,12 +129,17 @@ def _te_norm() -> Any:
     return TENorm
 
 
-def _with_our_attention(spec: ModuleSpec) -> tuple[ModuleSpec, Any, Any]:
-    """A copy with our attention and activation; also its parts, and those of its MLP."""
+def _te_column_linear() -> Any:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
+
+
+def _megatron_layer(engine: bool) -> tuple[ModuleSpec, Any, Any]:
+    """A copy of megatron-core's layer; also its parts, and those of its MLP."""
+    spec = get_gpt_layer_with_transformer_engine_spec() if engine else get_gpt_layer_local_spec(normalization="RMSNorm")
     layer = copy.deepcopy(spec)
     parts: Any = layer.submodules
     # A spec as well in megatron-core 0.16, a partial in 0.19.
     mlp: Any = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
-    parts.self_attention.submodules.core_attention = CausalAttention
-    mlp.activation_func = GatedSiLU
     return layer, parts, mlp

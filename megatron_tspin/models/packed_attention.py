@@ -11,17 +11,17 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tspin.models.row_layout import RowLayout
+from megatron_tspin.models.scores import Scores, attend
 from megatron_tspin.models.segment_attention import attend_by_plan
 from megatron_tspin.models.segment_plan import plan_segments
 from megatron_tspin.models.te_attention import fits, thd_attention
 
-PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, float, int | None], Tensor]
-"""Queries [s, heads, d] of this rank, keys and values [t, key groups, d] of the whole row, the layout, the softmax
-scale, and the sliding window; returns [s, heads, d]."""
+PackedAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, Scores], Tensor]
+"""Queries [s, heads, d] of this rank, keys and values [t, key groups, d] of the whole row, the layout, and how
+keys are scored; returns [s, heads, d]."""
 
 
 def choose_backend(name: str, device: torch.device, engine: bool = False, share_prompts: bool = True) -> str:
@@ -40,14 +40,13 @@ def choose_backend(name: str, device: torch.device, engine: bool = False, share_
     return "thd" if engine and not share_prompts else "flex"
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores) -> Tensor:
     """SDPA under `visible`."""
-    mask: Tensor = layout.cached(("dense", query.device), lambda: visible(layout, window, query.device))
+    window = scores.window
+    mask: Tensor = layout.cached(("dense", window, query.device), lambda: visible(layout, window, query.device))
     repeats = query.shape[1] // key.shape[1]
     q, k, v = query.transpose(0, 1), *(part.transpose(0, 1).repeat_interleave(repeats, 0) for part in (key, value))
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)
+    out = attend(q[None], k[None], v[None], mask, scores)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -69,14 +68,15 @@ def _sees(facts: Tensor, query: Tensor, key: Tensor, window: int | None) -> Tens
     return seen | (query == key)
 
 
-def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores) -> Tensor:
     """FlexAttention; the block mask is built once a row."""
-    mask = layout.cached(("flex", query.device), lambda: flex_block_mask(layout, window, query.device))
+    window = scores.window
+    mask = layout.cached(("flex", window, query.device), lambda: flex_block_mask(layout, window, query.device))
     q, k, v = (part.transpose(0, 1)[None] for part in (query, key, value))
     shared_keys = query.shape[1] != key.shape[1]
-    out: Tensor = _flex(query.is_cuda)(q, k, v, block_mask=mask, scale=scale, enable_gqa=shared_keys)
+    out: Tensor = _flex(query.is_cuda)(
+        q, k, v, score_mod=_capped(scores.cap), block_mask=mask, scale=scores.scale, enable_gqa=shared_keys
+    )
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -93,6 +93,18 @@ def flex_block_mask(layout: RowLayout, window: int | None, device: torch.device)
 
 
 @cache
+def _capped(cap: float | None) -> Callable[..., Tensor] | None:
+    """FlexAttention's hook for scores."""
+    if cap is None:
+        return None
+
+    def score_mod(score: Tensor, *_: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return score_mod
+
+
+@cache
 def _flex(compiled: bool) -> Any:
     """Compiled, the kernel skips blocks without an entry; not compiled it is dense, for tests without CUDA."""
     from torch.nn.attention.flex_attention import flex_attention as flex
@@ -100,23 +112,20 @@ def _flex(compiled: bool) -> Any:
     return torch.compile(flex, dynamic=True) if compiled else flex
 
 
-def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
-    """By `segment_plan`, made once a row. A window that some sequence exceeds goes to `dense`."""
-    if window is not None and layout.longest_sequence > window:
-        return dense_attention(query, key, value, layout, scale, window)
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores) -> Tensor:
+    """By `segment_plan`, made once a row. A window that some sequence exceeds goes to `dense`, and so does a cap."""
+    if scores.cap is not None or (scores.window is not None and layout.longest_sequence > scores.window):
+        return dense_attention(query, key, value, layout, scores)
     heads = (query.shape[1], *key.shape[1:])
     plan = layout.cached(("segments", *heads), lambda: plan_segments(layout, *heads))
-    return attend_by_plan(query, key, value, plan, scale)
+    return attend_by_plan(query, key, value, plan, scores.scale)
 
 
-def te_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
-    """Transformer Engine's attention; rows that it cannot express (a scored prompt with two responses) go to `flex`."""
-    attend = thd_attention if fits(layout) else flex_attention
-    return attend(query, key, value, layout, scale, window)
+def te_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores) -> Tensor:
+    """Transformer Engine's; what it cannot express (a scored prompt with two responses, a cap) goes to `flex`."""
+    if scores.cap is None and fits(layout):
+        return thd_attention(query, key, value, layout, scores)
+    return flex_attention(query, key, value, layout, scores)
 
 
 BACKENDS: dict[str, PackedAttention] = {

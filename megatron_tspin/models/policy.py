@@ -11,15 +11,16 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.attention import CausalAttention, KeyValueCache
 from megatron_tspin.models.autograd import run
 from megatron_tspin.models.head import (
+    LogitsRule,
     ResponseTargets,
     VocabularyShard,
     full_logits,
     sequence_log_probs,
 )
-from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.models.row_layout import RowLayout
 
@@ -41,6 +42,7 @@ class PolicyModel(GPTModel):
         )
         self.architecture = architecture
         self.rotary = rotary
+        self._rule = LogitsRule(architecture.logits_scale, architecture.logits_cap)
 
     def forward(
         self,
@@ -67,7 +69,7 @@ class PolicyModel(GPTModel):
             [num_responses] ([3, num_responses] with diagnostics, see `head.sequence_log_probs`), or logits fp32
             [b, vocab_size].
         """
-        embedded = self.embedding(tokens, position_ids) if self.pre_process else None
+        embedded = self._embedded(tokens, position_ids) if self.pre_process else None
         hidden: Tensor = self.decoder(
             hidden_states=embedded,
             attention_mask=attention_mask,
@@ -77,13 +79,23 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden
         if next_token_logits:
-            return full_logits(hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size)
+            return full_logits(
+                hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size, self._rule
+            )
         if targets is None:
             raise ValueError("the last pipeline stage needs the responses whose log-probs it has to compute")
         log_probs = self._sequence_log_probs(hidden, targets)
         if layout is not None and layout.context.size > 1:
             log_probs = run(_SumOverContext, log_probs, layout.context.group)
         return log_probs
+
+    def _embedded(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        states: Tensor = self.embedding(tokens, position_ids)
+        scale = self.architecture.embedding_scale
+        if scale == 1.0:
+            return states
+        # transformers rounds the scale to the embedding's dtype first.
+        return states * torch.tensor(scale, dtype=states.dtype, device=states.device)
 
     def _sequence_log_probs(self, hidden: Tensor, targets: ResponseTargets) -> Tensor:
         # Both make the head's input whole on every rank in forward and sum its gradient over TP in backward, as each
@@ -98,6 +110,7 @@ class PolicyModel(GPTModel):
             targets,
             self.vocabulary_shard(),
             weight_is_shared=self.share_embeddings_and_output_weights and self.pre_process,
+            rule=self._rule,
         )
 
     def _output_weight(self) -> Tensor:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.layer_specs import block_spec
 from megatron_tspin.models.packed_attention import choose_backend
 from megatron_tspin.models.policy import PolicyModel
@@ -27,8 +27,6 @@ ModelProvider = Callable[..., PolicyModel]
 class PolicyConfig(TransformerConfig):
     """megatron-core's config plus what our modules read."""
 
-    sliding_window_keys: int | None = None
-    """Keys that a query sees, itself included. megatron-core's `window_size` would make its softmax overwrite masks."""
     packed_attention: str = "segments"
     """Backend of `packed_attention.BACKENDS` for packed rows."""
     torch_fp8: TorchFp8 | None = None
@@ -40,7 +38,6 @@ def transformer_config(
     parallel: ParallelSection,
     training: TrainingSection,
     precision: PrecisionSection,
-    attention_factor: float = 1.0,
 ) -> PolicyConfig:
     """The architecture, the layout and the number formats in megatron-core's terms."""
     return PolicyConfig(
@@ -50,14 +47,17 @@ def transformer_config(
         num_attention_heads=architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
-        softmax_scale=architecture.head_dim**-0.5 * attention_factor**2,
-        sliding_window_keys=architecture.sliding_window,
         packed_attention=choose_backend(
             training.packed_attention, device(), uses_transformer_engine(precision), training.share_prompts
         ),
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_eps,
-        gated_linear_unit=True,
+        # For Transformer Engine's norms, which take these from the config; ours are told by the layer specs, as are
+        # attention (scale, window, cap) and biases.
+        normalization="LayerNorm" if architecture.norm.kind == "layer" else "RMSNorm",
+        layernorm_zero_centered_gamma=architecture.norm.unit_offset,
+        layernorm_epsilon=architecture.norm.eps,
+        # Gradients of each head's norm are summed over TP. Norms over all heads are split instead.
+        qk_layernorm=architecture.query_key_norm == "head",
+        gated_linear_unit=architecture.gated,
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # in truth: take the activation that the layer spec names
         add_bias_linear=False,
@@ -88,8 +88,8 @@ def make_model_provider(
     architecture: Architecture, parallel: ParallelSection, training: TrainingSection, precision: PrecisionSection
 ) -> ModelProvider:
     """Returns Megatron's `model_provider(pre_process, post_process, vp_stage=None)` for this architecture."""
-    rotary = RotaryFrequencies(architecture.folder, architecture.head_dim)
-    config = transformer_config(architecture, parallel, training, precision, rotary.attention_factor)
+    rotary = RotaryFrequencies(architecture)
+    config = transformer_config(architecture, parallel, training, precision)
 
     def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> PolicyModel:
         layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -98,7 +98,7 @@ def make_model_provider(
             architecture,
             rotary,
             config=config,
-            transformer_layer_spec=block_spec(precision, first, layers, config.num_layers),
+            transformer_layer_spec=block_spec(architecture, precision, rotary.attention_factors, first, layers),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

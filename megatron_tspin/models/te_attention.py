@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from megatron_tspin.models.row_layout import RowLayout
+from megatron_tspin.models.scores import Scores
 
 
-def thd_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, window: int | None
-) -> Tensor:
+def thd_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores) -> Tensor:
     """Causal attention within each sequence; only for rows whose bundles have one response, on CUDA."""
     _, heads, size = query.shape
-    kernel = _kernel(heads, key.shape[1], size, scale, window)
+    kernel = _kernel(heads, key.shape[1], size, scores)
     starts, longest = layout.cached(("thd", query.device), lambda: sequence_starts(layout, query.device))
     out: Tensor = kernel(
         query,
@@ -49,7 +48,7 @@ def sequence_starts(layout: RowLayout, device: torch.device) -> tuple[Tensor, in
 
 
 @cache
-def _kernel(heads: int, key_groups: int, size: int, scale: float, window: int | None) -> Any:
+def _kernel(heads: int, key_groups: int, size: int, scores: Scores) -> Any:
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
@@ -59,6 +58,6 @@ def _kernel(heads: int, key_groups: int, size: int, scale: float, window: int | 
         attention_dropout=0.0,
         qkv_format="thd",
         attn_mask_type="padding_causal",
-        softmax_scale=scale,
-        window_size=None if window is None else (window - 1, 0),
+        softmax_scale=scores.scale,
+        window_size=None if scores.window is None else (scores.window - 1, 0),
     )

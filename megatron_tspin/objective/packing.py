@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_tspin.config import Config
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.sizes import attention_flops, head_flops, layer_flops
 
 _SHOWN = 20
 _BACKWARD = 2
@@ -75,13 +76,10 @@ class WorkModel:
 
 def work_model(architecture: Architecture) -> WorkModel:
     """Counts the operations of an architecture; norms, rotary angles and activation functions are left out."""
-    hidden, heads = architecture.hidden_size, architecture.num_heads * architecture.head_dim
-    keys = architecture.num_kv_heads * architecture.head_dim
-    weights = hidden * (heads + 2 * keys) + heads * hidden + 3 * hidden * architecture.ffn_hidden_size
     return WorkModel(
-        per_token=2.0 * architecture.num_layers * weights,
-        per_pair=4.0 * architecture.num_layers * heads,
-        per_target=2.0 * hidden * architecture.vocab_size,
+        per_token=layer_flops(architecture),
+        per_pair=attention_flops(architecture),
+        per_target=head_flops(architecture),
     )
 
 

@@ -10,7 +10,8 @@ from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.data.tokenizer_loading import largest_token_id, refuse_added_tokens, tokenizer_file
 from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import stored_roles
 from megatron_tspin.selfplay.disk_space import check_disk_space

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_tspin.checkpoint.tensor_check import Header, tensor_problems
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 
 _SHOWN = 20
 

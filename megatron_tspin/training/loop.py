@@ -14,8 +14,8 @@ from megatron_tspin.config import Config
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger, progress_bar
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.fp8_linear import weights_changed
-from megatron_tspin.models.hf_config import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.batches import BatchPlanner, Triplet

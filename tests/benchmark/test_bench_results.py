@@ -11,7 +11,7 @@ from megatron_tspin.benchmark.output import print_result, write_result
 from megatron_tspin.benchmark.results import SideResult, StepResult, read_result
 from megatron_tspin.benchmark.settings import SIDES, StepSettings, settle
 from megatron_tspin.errors import ArtifactError, InputError, ParityError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture, LayerFacts, Norm
 from megatron_tspin.objective.packing import Shape
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -140,16 +140,18 @@ def test_disagreement_names_both_values(wrong: float) -> None:
 
 
 def make_architecture(positions: int) -> Architecture:
-    sizes = {"vocab_size": 9, "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "num_heads": 1}
+    sizes = {"vocab_size": 9, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 1}
     return Architecture(
         family="llama",
         **sizes,
         num_kv_heads=1,
         head_dim=8,
-        norm_eps=1e-5,
+        layers=(LayerFacts(),),
+        norm=Norm("rms", 1e-5),
+        ropes=(),
+        softmax_scale=1.0,
         tied_embeddings=True,
         max_positions=positions,
-        sliding_window=None,
         folder=Path("somewhere"),
     )
 

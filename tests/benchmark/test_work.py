@@ -9,7 +9,8 @@ import pytest
 from megatron_tspin.benchmark.lengths import draw_tokens
 from megatron_tspin.benchmark.settings import OWN_SIDES, SIDES, StepSettings
 from megatron_tspin.benchmark.work import predicted_flops, useful_flops
-from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.packing import Shape, work_model
 
 MICRO_BATCH = 2

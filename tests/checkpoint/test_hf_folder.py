@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_tspin.checkpoint.families import SourceRange
 from megatron_tspin.checkpoint.hf_folder import HFFolder, weight_files
 from megatron_tspin.errors import ArtifactError, InputError
 
@@ -78,6 +77,6 @@ def test_values_that_are_no_numbers_are_named(value: float, tiny_checkpoint: Any
     tensors[name][3, 5] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError) as caught:
-        HFFolder(folder).read(name, SourceRange(0, 0, 2, 4))
+        HFFolder(folder).read(name, slice(2, 4))
     assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: tensor {name} holds 1 values that are NaN")
-    HFFolder(folder).read(name, SourceRange(0, 0, 4, 8))
+    HFFolder(folder).read(name, slice(4, 8))

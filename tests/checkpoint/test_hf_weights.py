@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,12 @@ def test_padded_rows_are_zero(ranks, tiny_checkpoint, name):
 def wrong_rope(hf: Path, parallel: ParallelSection, other: Path) -> None:
     """The bug of the converters that ignore rope scaling: weights right, frequencies of another config."""
     from megatron_tspin.conversion.parity import check_parity, read_sentences
+    from megatron_tspin.models.hf_config import read_architecture
     from megatron_tspin.models.rotary import RotaryFrequencies
 
     with in_layout(parallel) as topology:
         model = loaded(hf, parallel, topology)
-        model.rotary = RotaryFrequencies(other, model.architecture.head_dim)
+        model.rotary = RotaryFrequencies(read_architecture(other))
         check_parity(model, topology, hf, read_sentences(hf, None), bound=5e-6)
 
 
@@ -159,7 +161,7 @@ def off_by_one_window(hf: Path, parallel: ParallelSection, keys: int) -> None:
         model = loaded(hf, parallel, topology)
         for module in model.modules():
             if isinstance(module, CausalAttention):
-                module.window = keys
+                module.scores = replace(module.scores, window=keys)
         check_parity(model, topology, hf, read_sentences(hf, None), bound=5e-6)
 
 

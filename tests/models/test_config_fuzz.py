@@ -89,11 +89,11 @@ def test_read_as_transformers_does_or_refused(
         judge.num_key_value_heads,
         judge.head_dim or judge.hidden_size // judge.num_attention_heads,
     )
-    config = RotaryFrequencies(tmp_path, ours.head_dim)
+    config = RotaryFrequencies(ours)
     kind = judge.rope_parameters["rope_type"]
     if kind != "default":
         expected, factor = ROPE_INIT_FUNCTIONS[kind](judge, device=torch.device("cpu"))
-        assert torch.equal(config._frequencies, expected.float()) and config.attention_factor == factor
+        assert torch.equal(config._frequencies[0], expected.float()) and config.attention_factors == [factor]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_read_as_transformers_does_or_refused(
     [
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
-            "rope is {'rope_type': 'default', 'rope_theta': 500000.0} as read here, {'factor': 2.0",
+            "ropes is ({'rope_type': 'default', 'rope_theta': 500000.0} of 8 columns,) as read here, ({'factor': 2.0",
         ),
         ({"tie_word_embeddings": None}, "transformers refuses it: "),
         ({"num_hidden_layers": 2.0}, "`num_hidden_layers` = 2.0 must be a whole number above 0"),

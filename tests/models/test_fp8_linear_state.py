@@ -185,10 +185,23 @@ def test_sizes_are_refused(kind: str, shape: tuple[int, int], says: str, tp: int
         ranks(tp).run(refusal, kind, tp, shape)
 
 
+def biases(kind: str) -> None:
+    states, weight = matrices()[:2]
+    with in_layout(ParallelSection()):
+        plain, _ = make_layer(kind, HYBRID, weight)(states)
+        for skipped in (False, True):
+            layer = make_layer(kind, HYBRID, weight, bias=True, skip_bias_add=skipped)
+            layer.bias.data.copy_(torch.arange(float(len(layer.bias))))
+            output, bias = layer(states)
+            assert (bias is layer.bias) == skipped
+            torch.testing.assert_close(output, plain if skipped else plain + layer.bias)
+            output.sum().backward()
+            assert skipped or layer.bias.grad.eq(states[..., 0].numel()).all()
+
+
 @KINDS
-def test_a_bias_is_refused(kind: str) -> None:
-    with pytest.raises(InputError, match="linear fc1: has a bias"):
-        make_layer(kind, HYBRID, torch.zeros(32, 32), bias=True)
+def test_a_bias_is_added_or_handed_on(kind: str, ranks: Any) -> None:
+    ranks(1).run(biases, kind)
 
 
 @KINDS

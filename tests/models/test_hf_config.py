@@ -8,7 +8,10 @@ import pytest
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture, read_architecture, rope_settings
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.families.registry import FAMILIES
+from megatron_tspin.models.families.rope_settings import rope_settings
+from megatron_tspin.models.hf_config import read_architecture
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -34,20 +37,32 @@ def refusal(folder: Path, config: Any) -> list[str]:
     return str(caught.value).replace(f"{folder / 'config.json'}: ", "").splitlines()
 
 
+RELU = (
+    "hidden_act = 'relu' is not implemented; implemented are silu, swish, gelu, gelu_python, gelu_pytorch_tanh, "
+    "gelu_new, gelu_fast"
+)
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "qwen2"}, "model_type = 'qwen2' is not implemented; implemented are llama, mistral"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented; only silu is"),
-    ({"attention_bias": True}, "attention_bias = True is not implemented"),
-    ({"mlp_bias": True}, "mlp_bias = True is not implemented"),
+    ({"model_type": "gpt2"}, f"model_type = 'gpt2' is not implemented; implemented are {', '.join(FAMILIES)}"),
     (
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope type 'dynamic' is not implemented; implemented are default, linear, llama3, yarn",
+        {"model_type": "deepseek_v3"},
+        "model_type = 'deepseek_v3' is not implemented; nor are its latent attention, shared experts and expert "
+        f"biases; implemented are {', '.join(FAMILIES)}",
+    ),
+    ({"hidden_act": "relu"}, RELU),
+    ({"attention_bias": "yes"}, "`attention_bias` = 'yes' must be true or false"),
+    (
+        {"rope_scaling": {"type": "own", "factor": 2.0}},
+        "rope type 'own' is not implemented; implemented are default, linear, dynamic, llama3, yarn, longrope",
+    ),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "mystery": 3}},
+        "`mystery` = 3 among the rope settings is not understood",
     ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not implemented"),
     (
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
-        "layer_types has sliding_attention; only full_attention in every layer is implemented",
+        "layer_types has sliding_attention; implemented are full_attention",
     ),
     (
         {"quantization_config": {"bits": 4}},
@@ -70,7 +85,7 @@ def test_refusals(change: dict[str, Any], expected: str, tmp_path: Path) -> None
 
 
 def test_all_problems_come_at_once_with_the_file(tmp_path: Path) -> None:
-    config = {**LLAMA, "mlp_bias": True, "hidden_act": "relu"}
+    config = {**LLAMA, "mlp_bias": 1, "hidden_act": "relu"}
     del config["vocab_size"], config["rms_norm_eps"]
     with pytest.raises(InputError) as caught:
         read(tmp_path, config)
@@ -78,8 +93,8 @@ def test_all_problems_come_at_once_with_the_file(tmp_path: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"{path}: `vocab_size` is missing",
         f"{path}: `rms_norm_eps` is missing",
-        f"{path}: hidden_act = 'relu' is not implemented; only silu is",
-        f"{path}: mlp_bias = True is not implemented",
+        f"{path}: {RELU}",
+        f"{path}: `mlp_bias` = 1 must be true or false",
     ]
 
 
@@ -127,19 +142,19 @@ def test_what_a_silent_config_means(tmp_path: Path) -> None:
             theirs = getattr(transformers, f"{family}Config")(**{k: v for k, v in given.items() if k != "model_type"})
             ours = read(tmp_path, given)
             assert ours.num_kv_heads == theirs.num_key_value_heads
-            assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+            assert ours.shortest_window == getattr(theirs, "sliding_window", None)
             assert ours.tied_embeddings == theirs.tie_word_embeddings
             assert ours.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
             assert rope_settings(given)["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
 def test_sliding_window(tmp_path: Path) -> None:
-    assert read(tmp_path, MISTRAL).sliding_window == 4096
-    assert read(tmp_path, {**MISTRAL, "sliding_window": None}).sliding_window is None
-    assert read(tmp_path, {**MISTRAL, "sliding_window": 8}).sliding_window == 8
-    assert read(tmp_path, {**LLAMA, "sliding_window": 8}).sliding_window is None
+    assert read(tmp_path, MISTRAL).shortest_window == 4096
+    assert read(tmp_path, {**MISTRAL, "sliding_window": None}).shortest_window is None
+    assert read(tmp_path, {**MISTRAL, "sliding_window": 8}).shortest_window == 8
+    assert read(tmp_path, {**LLAMA, "sliding_window": 8}).shortest_window is None
     assert refusal(tmp_path, {**MISTRAL, "sliding_window": 8, "layer_types": ["full_attention"] * 4}) == [
-        "layer_types has full_attention; only sliding_attention in every layer is implemented"
+        "layer_types has full_attention; implemented are sliding_attention"
     ]
 
 
@@ -164,16 +179,20 @@ def test_padded_vocabulary(tmp_path: Path) -> None:
 
 def test_layouts_that_do_not_fit(tmp_path: Path) -> None:
     architecture = read(tmp_path, {**LLAMA, "num_key_value_heads": 2})
-    for fits in ((1, 1), (2, 4)):
+    for fits in ((1, 1), (2, 4), (4, 1)):
         architecture.check_layout(
             ParallelSection(tensor_model_parallel_size=fits[0], pipeline_model_parallel_size=fits[1])
         )
     with pytest.raises(InputError) as caught:
-        architecture.check_layout(ParallelSection(tensor_model_parallel_size=4, pipeline_model_parallel_size=3))
+        architecture.check_layout(ParallelSection(tensor_model_parallel_size=3, pipeline_model_parallel_size=3))
     assert str(caught.value).splitlines() == [
-        f"parallel.tensor_model_parallel_size = 4 does not divide the 2 key-value heads of {tmp_path}; "
-        "use a divisor of 2",
+        f"parallel.tensor_model_parallel_size = 3 does not divide the 4 attention heads of {tmp_path}; "
+        "use a divisor of 4",
+        f"parallel.tensor_model_parallel_size = 3 does not divide the 64 MLP columns of {tmp_path}; use a divisor of "
+        "64",
         f"parallel.pipeline_model_parallel_size = 3 does not divide the 4 layers of {tmp_path}; use a divisor of 4",
+        f"parallel.tensor_model_parallel_size = 3 neither divides the 2 key-value heads of {tmp_path} nor is a "
+        "multiple of them; use a divisor or a multiple of 2",
     ]
     virtual = ParallelSection(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     architecture.check_layout(virtual)

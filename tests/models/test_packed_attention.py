@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_tspin.models import packed_attention
 from megatron_tspin.models.packed_attention import BACKENDS, choose_backend
 from megatron_tspin.models.row_layout import Bundle, ContextShare, RowLayout
+from megatron_tspin.models.scores import Scores
 from tests.row_bundles import layout_of, rows_of_bundles, sees, tokens_of
 
 DIM, SCALE = 8, 0.4
@@ -35,7 +36,7 @@ def attend(name: str, layout: RowLayout, given: tuple[torch.Tensor, ...], window
         key.clone().requires_grad_(),
         value.clone().requires_grad_(),
     )
-    out = BACKENDS[name](query, key, value, layout, SCALE, window)
+    out = BACKENDS[name](query, key, value, layout, Scores(SCALE, window))
     out.backward(gradient[layout.held] * real(layout)[layout.held, None, None])
     assert query.grad is not None and key.grad is not None and value.grad is not None
     return out.detach(), query.grad, key.grad, value.grad
@@ -148,8 +149,8 @@ def test_flex_forward(share: ContextShare, heads: int, key_groups: int, window: 
     layout = layout_of(ROW, share, spare=1)
     query, key, value, _ = tensors(layout.length, heads, key_groups)
     with torch.no_grad():
-        found = BACKENDS["flex"](query[layout.held], key, value, layout, SCALE, window)
-        expected = BACKENDS["dense"](query[layout.held], key, value, layout, SCALE, window)
+        found = BACKENDS["flex"](query[layout.held], key, value, layout, Scores(SCALE, window))
+        expected = BACKENDS["dense"](query[layout.held], key, value, layout, Scores(SCALE, window))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +179,7 @@ def test_flex_on_a_gpu(dtype: torch.dtype, heads: int, key_groups: int, window: 
         results = []
         for name, kind, device in (("flex", dtype, "cuda"), ("dense", torch.float64, "cpu")):
             query, key, value = (each.to(dtype).to(device, kind).requires_grad_() for each in made)
-            out = BACKENDS[name](query, key, value, layout, 0.125, window)
+            out = BACKENDS[name](query, key, value, layout, Scores(0.125, window))
             out.backward(gradient.to(dtype).to(device, kind))
             results.append([each.detach().cpu().double() for each in (out, query.grad, key.grad, value.grad)])
         keep = real(layout)[layout.held]

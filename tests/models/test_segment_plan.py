@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_tspin.models import segment_plan
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import Bundle, ContextShare, RowLayout
+from megatron_tspin.models.scores import Scores
 from megatron_tspin.models.segment_plan import SegmentPlan, plan_segments
 from tests.row_bundles import layout_of, rows_of_bundles
 
@@ -31,7 +32,7 @@ def attend(name: str, layout: RowLayout, heads: int, key_groups: int, dtype: tor
     used = sum(bundle.tokens for bundle in layout.bundles)
     made[3][used:] = 0.0
     query, key, value = (each.to(dtype).requires_grad_() for each in made[:3])
-    out = BACKENDS[name](query, key, value, layout, 0.3, None)
+    out = BACKENDS[name](query, key, value, layout, Scores(0.3))
     out.backward(made[3].to(dtype))
     assert query.grad is not None and key.grad is not None and value.grad is not None
     return [each.detach()[:used].double() for each in (out, query.grad, key.grad, value.grad)]

@@ -5,6 +5,7 @@ import torch
 
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import Bundle, ContextShare
+from megatron_tspin.models.scores import Scores
 from megatron_tspin.models.te_attention import fits, sequence_starts
 from tests.row_bundles import layout_of
 
@@ -31,7 +32,7 @@ def test_other_rows_go_to_flex() -> None:
     layout = layout_of([Bundle(5, (4, 3)), Bundle(2, (3,))], ContextShare())
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(layout.length, n, 8, generator=generator) for n in (4, 2, 2))
-    found, expected = (BACKENDS[name](query, key, value, layout, 0.3, None) for name in ("thd", "dense"))
+    found, expected = (BACKENDS[name](query, key, value, layout, Scores(0.3)) for name in ("thd", "dense"))
     assert torch.allclose(found, expected, atol=1e-6)
 
 
@@ -50,7 +51,7 @@ def test_against_dense_on_a_gpu(window: int | None) -> None:
         dtype = torch.bfloat16 if name == "thd" else torch.float32
         query, key, value, gradient = (each.bfloat16().to("cuda", dtype) for each in made)
         inputs = [each.requires_grad_() for each in (query, key, value)]
-        out = BACKENDS[name](*inputs, layout, 0.125, window)  # type: ignore[call-arg]
+        out = BACKENDS[name](*inputs, layout, Scores(0.125, window))  # type: ignore[call-arg]
         out.backward(gradient * real.to(dtype))
         results.append([out.detach() * real, *(each.grad for each in inputs)])
     for found, expected in zip(*results, strict=True):

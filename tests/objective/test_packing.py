@@ -1,7 +1,6 @@
 """Plans of packed rows: nothing is lost, nothing is too long, and rows and replicas have about the same work."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture, LayerFacts, Norm
 from megatron_tspin.models.packed_attention import visible
 from megatron_tspin.models.row_layout import Bundle, RowLayout
 from megatron_tspin.objective.packing import (
@@ -157,7 +156,9 @@ def test_shapes_count_what_a_row_has(shape: Shape, share_prompts: bool) -> None:
 
 
 def test_work_of_a_tiny_architecture() -> None:
-    tiny = Architecture("llama", 50, 6, 10, 2, 2, 1, 4, 1e-5, True, 128, None, Path())
+    tiny = Architecture(
+        "llama", 50, 6, 10, 2, 1, 4, 128, (LayerFacts(),) * 2, Norm("rms", 1e-5), (), 0.5, tied_embeddings=True
+    )
     work = work_model(tiny)
     q, k, v, o, mlp = 6 * 8, 6 * 4, 6 * 4, 8 * 6, 3 * 6 * 10
     assert work.per_token == 2 * 2 * (q + k + v + o + mlp)

@@ -10,10 +10,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
-from megatron_tspin.checkpoint.families import LM_HEAD, weights
 from megatron_tspin.config import Config
 from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.log import LOG_FILE_VARIABLE
+from megatron_tspin.models.families.registry import tensors
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.selfplay import driver, launch
 from megatron_tspin.selfplay.launchers import LocalLauncher
@@ -57,12 +57,10 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
 def shapes_of(checkpoint: Path) -> dict[str, list[int]]:
     """The tensors that a checkpoint's config.json describes."""
     architecture = read_architecture(checkpoint)
-    tied = {LM_HEAD} if architecture.tied_embeddings else set()
     return {
         name: list(shape)
-        for weight in weights(architecture)
-        for name, shape in zip(weight.hf, weight.shapes, strict=True)
-        if name not in tied
+        for tensor in tensors(architecture)
+        for name, shape in zip(tensor.hf, tensor.layout.shapes, strict=True)
     }
 
 

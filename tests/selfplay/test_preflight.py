@@ -49,7 +49,7 @@ def test_all_problems_are_in_one_report(world: Path, config_of: ConfigOf) -> Non
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"parallel__tensor_model_parallel_size": 4}, "2 key-value heads"),
+        ({"parallel__tensor_model_parallel_size": 3}, "2 key-value heads"),
         ({"parallel__pipeline_model_parallel_size": 4}, "2 layers"),
         ({"generation__pipeline_model_parallel_size": 4}, "(generation's layout)"),
         ({"model__hf_checkpoint": "/absent"}, "/absent: no such folder"),

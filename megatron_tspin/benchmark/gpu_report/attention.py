@@ -16,6 +16,7 @@ from megatron_tspin.benchmark.lengths import draw_lengths
 from megatron_tspin.benchmark.stopwatch import measure
 from megatron_tspin.models.packed_attention import BACKENDS
 from megatron_tspin.models.row_layout import Bundle, RowLayout
+from megatron_tspin.models.scores import Scores
 from megatron_tspin.objective.packing import Shape
 from megatron_tspin.platform import device, has_cuda, prepare_platform
 
@@ -125,7 +126,7 @@ def _inputs(length: int, heads: _Heads) -> list[Tensor]:
 def _attend(name: str, inputs: list[Tensor], layout: RowLayout, window: int | None) -> list[Tensor]:
     """The result and the gradients of queries, keys and values."""
     query, key, value = (each.detach().clone().requires_grad_() for each in inputs[:3])
-    out = BACKENDS[name](query, key, value, layout, query.shape[2] ** -0.5, window)
+    out = BACKENDS[name](query, key, value, layout, Scores(query.shape[2] ** -0.5, window))
     torch.autograd.backward(out, inputs[3])
     assert query.grad is not None and key.grad is not None and value.grad is not None
     return [out.detach(), query.grad, key.grad, value.grad]
@@ -139,7 +140,7 @@ def _packed_time(name: str, share_prompts: bool, sizes: _Sizes) -> Figures:
     query, key, value = (each.requires_grad_() for each in given)
 
     def forward() -> Tensor:
-        return BACKENDS[name](query, key, value, layout, heads.size**-0.5, None)
+        return BACKENDS[name](query, key, value, layout, Scores(heads.size**-0.5))
 
     return {**_times(forward, slope, sizes.seconds), "tokens": float(layout.length)}
 

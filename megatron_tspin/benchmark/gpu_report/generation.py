@@ -11,7 +11,7 @@ from megatron_tspin.benchmark.gpu_report.policies import SMOLLM2, TINY, architec
 from megatron_tspin.benchmark.gpu_report.step import transformers_model
 from megatron_tspin.benchmark.stopwatch import Timing, measure
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.platform import device
 
 _PROMPTS, _NEW_TOKENS = 64, 128

@@ -16,7 +16,8 @@ from megatron_tspin.benchmark.gpu_report.check import SkippedError
 from megatron_tspin.config import ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.errors import InputError
-from megatron_tspin.models.hf_config import Architecture, read_architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
 from megatron_tspin.platform import device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tspin.benchmark.gpu_report.policies import topology
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.objective.forward import run_rows
 from megatron_tspin.objective.packing import Packing, Shape, plan_rows, work_model

@@ -26,7 +26,8 @@ from megatron_tspin.benchmark.own_side import as_triplets, make_config
 from megatron_tspin.benchmark.settings import PACKED, StepSettings
 from megatron_tspin.benchmark.stopwatch import Timing, measure
 from megatron_tspin.benchmark.work import useful_flops
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
+from megatron_tspin.models.sizes import num_parameters, parameters_per_layer
 from megatron_tspin.platform import device, has_cuda
 
 _LENGTHS = "ultrachat"
@@ -144,9 +145,7 @@ def _model(sizes: _Sizes) -> Figures:
 
 
 def _model_figures(shape: Architecture) -> dict[str, float]:
-    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    parameters = (shape.num_layers * _layer_parameters(shape) + ends) / 1e9
-    return {"layers": float(shape.num_layers), "parameters": parameters}
+    return {"layers": float(shape.num_layers), "parameters": num_parameters(shape) / 1e9}
 
 
 def _capacity(sizes: _Sizes, length: int) -> int:
@@ -172,13 +171,8 @@ def layers_that_fit(shape: Architecture, row_tokens: int) -> int:
     memory = torch.cuda.get_device_properties(0).total_memory * (1 - _CUDA_SPARE)
     ends = 2 * shape.vocab_size * shape.hidden_size * _TRAINED_BYTES
     activations = row_tokens * (_HIDDEN_BYTES * shape.hidden_size + _MLP_BYTES * shape.ffn_hidden_size)
-    layer = _layer_parameters(shape) * _TRAINED_BYTES + activations
+    layer = parameters_per_layer(shape)[0] * _TRAINED_BYTES + activations
     return max(1, min(_MOST_LAYERS, int((memory - _FIXED_BYTES - ends) // layer)))
-
-
-def _layer_parameters(shape: Architecture) -> int:
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return shape.hidden_size * (heads + 3 * shape.ffn_hidden_size)
 
 
 def _own(name: str, sizes: _Sizes, length: int) -> Figures:

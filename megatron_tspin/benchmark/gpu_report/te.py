@@ -14,7 +14,7 @@ from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Mean
 from megatron_tspin.benchmark.gpu_report.formats import FORMATS, LOCAL_FP32, TRAINED
 from megatron_tspin.benchmark.stopwatch import measure
 from megatron_tspin.config import TrainingSection
-from megatron_tspin.models.hf_config import Architecture
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.platform import device, has_cuda
 
 _TOKENS, _IN, _OUT = 512, 1024, 4096
