@@ -18,6 +18,7 @@ def check_loads(folder: Path) -> None:
         InputError: It does not; says what transformers said, or which tensors differ.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.core_model_loading import revert_weight_conversion
 
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -25,13 +26,16 @@ def check_loads(folder: Path) -> None:
             GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            memory = model.state_dict()
+            stored = revert_weight_conversion(model, memory)  # under the names that files have
+            tied_names = getattr(model, "all_tied_weights_keys", None) or () if config.tie_word_embeddings else ()
+            # Tied tensors are one tensor for transformers, whichever of the names a file has.
+            tied = set(revert_weight_conversion(model, {name: memory[name] for name in tied_names}))
     except Exception as error:  # the loaders raise whatever their parsers raise
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: transformers cannot load the export: {type(error).__name__}: {reason}") from error
     written = {name: shape for path in weight_files(folder) for name, shape in _shapes(path).items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Tied tensors are one tensor for transformers, whichever of the names a file has.
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    wanted = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     differing = sorted(
         name
         for name in {*written, *wanted}

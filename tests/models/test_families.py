@@ -1,27 +1,85 @@
-"""Every family's log-probs are those of transformers, token by token, and its weights come back bit for bit."""
+"""Every family computes what it computes in transformers, in every layout, and comes back bit for bit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_tspin.config import ParallelSection
-from tests.models.test_against_transformers import judge, pairs_of, score
+from megatron_tspin.config import Config
+from tests.models.test_against_transformers import judge, pairs_of
+from tests.rank_pool import in_layout
+from tests.rounding import all_within, same_gradients, within
 from tests.tiny_checkpoint import DENSE
+from tests.training.trajectory import gradients, make_config, plain_gradients, weights
 
 pytestmark = pytest.mark.exact
 
-LAYOUTS = {
+KINDS = DENSE[DENSE.index("llama_biases") :]
+"""Those that only this file tries; the others are tried all over the tests."""
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
-    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "padded_recompute": {"training.layout": "padded", "training.recompute_granularity": "full"},
+    "tp2_sp": {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True},
+    "pp2": {"parallel.pipeline_model_parallel_size": 2},
+    "cp2": {"parallel.context_parallel_size": 2},
 }
+MOST_PER_TOKEN = 5e-6
+"""Absolute difference of a log-prob, over the response's tokens."""
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_checkpoint: Any) -> Any:
+    """The judge's log-probs and gradients for a kind of checkpoint, computed once."""
+    known: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in known:
+            known[kind] = plain_gradients(make_config(tiny_checkpoint(kind)))
+        return known[kind]
+
+    return get
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", DENSE)
-def test_log_probs(kind: str, layout: str, ranks: Any, tiny_checkpoint: Any) -> None:
-    folder, pairs, parallel = tiny_checkpoint(kind), pairs_of(5), ParallelSection(**LAYOUTS[layout])
-    found = ranks(parallel.world_size).run(score, folder, parallel, pairs, 100)[0]
-    for ours, theirs, (_, response) in zip(found, judge(folder, pairs), pairs, strict=True):
-        assert abs(ours - theirs) / len(response) < 5e-6
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_and_gradients(
+    kind: str, layout: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path
+) -> None:
+    config = make_config(tiny_checkpoint(kind), **LAYOUTS[layout])
+    log_probs = ranks(config.parallel.world_size).run(gradients, config, tmp_path / "out")
+    expected, expected_gradients = judged(kind)
+    for each in log_probs:
+        all_within("log-prob", each, expected)
+    same_gradients(weights(tmp_path / "out"), expected_gradients)
+
+
+def loaded_and_exported(config: Config, export: Path, pairs: Any) -> list[float]:
+    """On ranks: weights in and out again, and log-probs."""
+    from megatron_tspin.checkpoint.hf_weights import export_hf
+    from megatron_tspin.objective.scoring import score_pairs
+    from tests.generation.answers import load
+
+    folder = Path(config.model.hf_checkpoint)
+    with in_layout(config.parallel) as topology:
+        model = load(folder, config.parallel, topology)
+        export_hf(model, topology, folder, export)
+        return score_pairs(model, topology, pairs, 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_sequences_and_export(kind: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """At TP 2 x PP 2, on sequences longer than windows and original positions."""
+    from megatron_tspin.conversion.loading import check_loads
+
+    config = make_config(
+        tiny_checkpoint(kind),
+        **{"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2},
+    )
+    pairs = pairs_of(5)
+    found = ranks(4).run(loaded_and_exported, config, tmp_path / "out", pairs)[0]
+    for ours, theirs, (_, response) in zip(found, judge(tiny_checkpoint(kind), pairs), pairs, strict=True):
+        within("log-prob", abs(ours - theirs) / len(response), bound=MOST_PER_TOKEN)
+    source, back = weights(tiny_checkpoint(kind)), weights(tmp_path / "out")
+    assert set(back) == set(source)
+    assert all(back[name].equal(value) for name, value in source.items())
+    check_loads(tmp_path / "out")

@@ -176,7 +176,7 @@ def train_plainly(config: Config) -> tuple[list[float], dict[str, Any]]:
         optimizer.param_groups[0]["lr"] = learning_rate(step, NUM_STEPS, settings.lr, settings)
         optimizer.step()
         losses += [loss.item(), norm.item()]
-    return losses, {name: value.detach() for name, value in model.named_parameters()}
+    return losses, as_in_files(model, {name: value.detach() for name, value in model.named_parameters()})
 
 
 def plain_gradients(config: Config) -> tuple[list[float], dict[str, Any]]:
@@ -190,7 +190,15 @@ def plain_gradients(config: Config) -> tuple[list[float], dict[str, Any]]:
         plain_log_prob(model, t.prompt, response).item() for t in triplets for response in t.responses.values()
     ]
     (sum(plain_loss(config, model, triplet) for triplet in triplets) / len(triplets)).backward()
-    return log_probs, {name: value.grad for name, value in model.named_parameters()}
+    return log_probs, as_in_files(model, {name: value.grad for name, value in model.named_parameters()})
+
+
+def as_in_files(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of transformers' model, under the names and in the shapes that checkpoints have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, Any] = revert_weight_conversion(model, tensors)
+    return found
 
 
 def plain_loss(config: Config, model: Any, triplet: Any) -> Any:

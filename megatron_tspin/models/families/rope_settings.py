@@ -104,7 +104,7 @@ def make_rope(
         reader.refuse(f"rope type {kind!r} is not implemented; implemented are {', '.join(_TYPES)}")
     if kind in _FROM_ORIGINAL:
         settings.setdefault("original_max_position_embeddings", max_positions)
-    if is_positive(theta, whole=False):
+    if theta is not None and is_positive(theta, whole=False):
         settings["rope_theta"] = float(theta)
     else:
         reader.refuse(f"rope_theta = {theta!r} must be a number above 0")
