@@ -97,8 +97,29 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5},
     },
 }
-"""Settings by name; `class` is that of transformers without `Config`, Llama where there is none."""
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"class": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "qwen3_moe": {
+        "class": "Qwen3Moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe_normalised": {
+        "class": "Qwen3Moe",
+        "tie_word_embeddings": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
 DENSE = tuple(KINDS)
+KINDS |= MIXTURES
+"""Settings by name; `class` is that of transformers without `Config`, Llama where there is none."""
 
 
 _COMMON: dict[str, Any] = {
@@ -117,15 +138,23 @@ _COMMON: dict[str, Any] = {
 }
 
 
+def config_of(kind: str) -> Any:
+    """The config of transformers."""
+    import transformers
+
+    settings = {**_COMMON, **KINDS[kind]}
+    name = settings.pop("class", "Llama")
+    if settings["num_key_value_heads"] is None:  # the class knows no such thing
+        del settings["num_key_value_heads"]
+    return getattr(transformers, f"{name}Config")(**settings)
+
+
 def write_checkpoint(folder: Path, kind: str) -> None:
     """Writes 4 layers of width 32 with 4 heads and 2 KV heads, all weights random, norms and biases included."""
     import torch
     import transformers
 
-    settings = {**_COMMON, **KINDS[kind]}
-    config = getattr(transformers, f"{settings.pop('class', 'Llama')}Config")(
-        **{name: value for name, value in settings.items() if name != "num_key_value_heads" or value is not None}
-    )
+    config = config_of(kind)
     generator = torch.Generator().manual_seed(list(KINDS).index(kind) + 1)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

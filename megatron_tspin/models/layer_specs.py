@@ -10,12 +10,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.models.activations import activation_class
-from megatron_tspin.models.architecture import Architecture, LayerFacts
+from megatron_tspin.models.architecture import Architecture, Experts, LayerFacts
 from megatron_tspin.models.attention import CausalAttention
 from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm, ScaledColumns
@@ -60,7 +61,7 @@ def _layer(
 ) -> ModuleSpec:
     """One layer. Which of Transformer Engine's parts compute in FP8 megatron-core decides, layer by layer."""
     engine = uses_transformer_engine(precision)
-    layer, parts, mlp = _megatron_layer(engine)
+    layer, parts, mlp = _megatron_layer(engine, architecture.experts if facts.sparse else None)
     attention = parts.self_attention.submodules
     if not engine:
         norm = norm_class(architecture) if architecture.norm_before else IdentityOp
@@ -70,10 +71,11 @@ def _layer(
             mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
     elif not architecture.norm_before:
         attention.linear_qkv = mlp.linear_fc1 = _te_column_linear()
+    bias = architecture.mlp_bias and not facts.sparse
     attention.linear_qkv = configured(attention.linear_qkv, bias=architecture.qkv_bias)
     attention.linear_proj = configured(attention.linear_proj, bias=architecture.output_bias)
-    mlp.linear_fc1 = configured(mlp.linear_fc1, bias=architecture.mlp_bias)
-    mlp.linear_fc2 = configured(mlp.linear_fc2, bias=architecture.mlp_bias)
+    mlp.linear_fc1 = configured(mlp.linear_fc1, bias=bias)
+    mlp.linear_fc2 = configured(mlp.linear_fc2, bias=bias)
     mlp.activation_func = activation_class(architecture.activation, architecture.gated)
     whole = facts.rope is None or architecture.ropes[facts.rope].columns == architecture.head_dim
     scale = architecture.softmax_scale * (factor**2 if whole else 1.0)
@@ -135,11 +137,21 @@ def _te_column_linear() -> Any:
     return TEColumnParallelLinear
 
 
-def _megatron_layer(engine: bool) -> tuple[ModuleSpec, Any, Any]:
-    """A copy of megatron-core's layer; also its parts, and those of its MLP."""
-    spec = get_gpt_layer_with_transformer_engine_spec() if engine else get_gpt_layer_local_spec(normalization="RMSNorm")
+def _megatron_layer(engine: bool, experts: Experts | None) -> tuple[ModuleSpec, Any, Any]:
+    """A copy of megatron-core's layer; also its parts, and those of its MLP or of each expert."""
+    count = None if experts is None else experts.count
+    if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16 asks for it without Transformer Engine too
+        vars(moe_utils)["te_general_gemm"] = None
+    if engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=count)
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=count, normalization="RMSNorm")
     layer = copy.deepcopy(spec)
     parts: Any = layer.submodules
-    # A spec as well in megatron-core 0.16, a partial in 0.19.
-    mlp: Any = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
-    return layer, parts, mlp
+    mlp = _submodules(parts.mlp)
+    return layer, parts, mlp if experts is None else _submodules(mlp.experts)
+
+
+def _submodules(part: Any) -> Any:
+    """Of what is a spec in megatron-core 0.16, and a partial in 0.19."""
+    return part.keywords["submodules"] if isinstance(part, partial) else part.submodules

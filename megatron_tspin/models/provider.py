@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -61,6 +62,7 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # in truth: take the activation that the layer spec names
         add_bias_linear=False,
+        **_expert_fields(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         torch_fp8=torch_fp8(precision),
@@ -82,6 +84,24 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # weights always come from a checkpoint
     )
+
+
+def _expert_fields(architecture: Architecture) -> dict[str, Any]:
+    """megatron-core's settings of a mixture of experts, with no loss of the router's own."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # Probabilities over all experts and then the largest of them, or over the largest logits: they sum to 1.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # gloo exchanges no unequal parts.
+        "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
+    }
 
 
 def make_model_provider(

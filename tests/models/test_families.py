@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 
-from megatron_tspin.config import Config
+from megatron_tspin.config import Config, ParallelSection
+from tests.generation.answers import answer, greedy_by_transformers
 from tests.models.test_against_transformers import judge, pairs_of
 from tests.rank_pool import in_layout
 from tests.rounding import all_within, same_gradients, within
-from tests.tiny_checkpoint import DENSE
-from tests.training.trajectory import gradients, make_config, plain_gradients, weights
+from tests.tiny_checkpoint import DENSE, MIXTURES
+from tests.training.test_trajectory import assert_same
+from tests.training.trajectory import gradients, make_config, plain_gradients, train, train_plainly, weights
 
 pytestmark = pytest.mark.exact
 
-KINDS = DENSE[DENSE.index("llama_biases") :]
+KINDS = (*DENSE[DENSE.index("llama_biases") :], *MIXTURES)
 """Those that only this file tries; the others are tried all over the tests."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -83,3 +85,22 @@ def test_long_sequences_and_export(kind: str, ranks: Any, tiny_checkpoint: Any, 
     assert set(back) == set(source)
     assert all(back[name].equal(value) for name, value in source.items())
     check_loads(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers(kind: str, ranks: Any, tiny_checkpoint: Any) -> None:
+    """With the key-value cache, at TP 2, token for token."""
+    parallel = ParallelSection(tensor_model_parallel_size=2)
+    found = ranks(2).run(answer, tiny_checkpoint(kind), parallel, 5, {"temperature": 0.0})
+    expected = greedy_by_transformers(tiny_checkpoint(kind))
+    for rank in found:
+        assert [ids for ids, *_ in rank] == expected
+
+
+@pytest.mark.trajectory
+@pytest.mark.parametrize("kind", KINDS)
+def test_trajectory(kind: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """Five steps at TP 2 with a sharded sequence, against plain transformers and torch's RMSprop."""
+    config = make_config(tiny_checkpoint(kind), **LAYOUTS["tp2_sp"])
+    found = ranks(2).run(train, config, tmp_path / "out")[0]
+    assert_same(config, (found, tmp_path / "out"), train_plainly(config))
