@@ -37,6 +37,12 @@ class ModelSection(Section):
         None,
         "Whom to believe where transformers reads a tokenizer.json in another way than it says [refuse that].",
     )
+    verify_conversion: bool = execution(
+        True,
+        "--tspin-verify-conversion",
+        "Compare the converted policy with transformers, layer by layer and on log-probs; a difference ends the run "
+        "(exit code 4).",
+    )
 
 
 class DataSection(Section):

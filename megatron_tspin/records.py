@@ -1,6 +1,7 @@
 """Lines of the JSONL files that stages hand to each other, one schema each."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +108,75 @@ class PrecisionNoise(Record):
     no_drift: str | None
     """Why the drift was not measured."""
     seconds: float
+
+
+class ComparedLogProb(Record):
+    """The sequence log-prob of a sentence, here and in transformers."""
+
+    text: str
+    prompt_tokens: int
+    response_tokens: int
+    ours: float
+    transformers: float
+
+    @property
+    def difference(self) -> float:
+        """Relative."""
+        return abs(self.ours - self.transformers) / abs(self.transformers)
+
+
+class Verification(Record):
+    """The card of a conversion: what was compared with transformers in float64, and how far it was off."""
+
+    sentences: list[ComparedLogProb]
+    layers: list[float]
+    """Of each decoder layer, the largest relative difference of a sequence's hidden states."""
+    log_prob_bound: float
+    hidden_bound: float
+    shortest_window: int | None
+    """Keys that a query sees where it sees the fewest; longer sentences show whether that is right."""
+    family: str
+    layout: str
+    versions: dict[str, str]
+    commit: str | None
+    source: str = ""
+    """The HF folder."""
+    source_digest: str = ""
+    """SHA-256 over its config.json and weights."""
+    seconds: float
+
+    @property
+    def worst(self) -> ComparedLogProb:
+        """The sentence that differs most; one that is not a number is the worst of all."""
+        return max(self.sentences, key=lambda each: each.difference if each.difference >= 0 else math.inf)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sentence."""
+        return max(each.prompt_tokens + each.response_tokens for each in self.sentences)
+
+    @property
+    def first_departing_layer(self) -> int | None:
+        """From 0; None if all layers are within the bound."""
+        return next((layer for layer, off in enumerate(self.layers) if not off <= self.hidden_bound), None)
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything is within its bound."""
+        return self.worst.difference <= self.log_prob_bound and self.first_departing_layer is None
+
+    def summary(self) -> str:
+        """In one line."""
+        worst, layer = self.worst, self.first_departing_layer
+        text = (
+            f"largest relative difference of {len(self.sentences)} sequence log-probs is {worst.difference:.2e} (bound "
+            f"{self.log_prob_bound:.0e}): {worst.ours:.6f} here, {worst.transformers:.6f} in transformers, of "
+            f"{worst.text!r}; "
+        )
+        if layer is not None:
+            off = self.layers[layer]
+            return f"{text}layer {layer} is the first that departs, by {off:.2e} (bound {self.hidden_bound:.0e})"
+        return f"{text}the {len(self.layers)} layers' states are off by at most {max(self.layers):.2e}"
 
 
 class DecodingResult(Record):

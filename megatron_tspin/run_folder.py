@@ -14,6 +14,10 @@ TRAIN = "train"
 HELD_OUT = "held_out"
 
 
+VERIFICATION = "verification.json"
+"""A conversion's card."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a run. Policy number t is the one after t self-play iterations; number 0 is the initial policy."""
@@ -118,6 +122,11 @@ class RunFolder:
     def initial_checkpoint(self) -> Path:
         """The converted initial policy."""
         return self.root / "initial" / "checkpoint"
+
+    @property
+    def verification(self) -> Path:
+        """How far the initial policy is from transformers' model."""
+        return self.root / "initial" / VERIFICATION
 
     def evaluation(self, policy: int) -> Path:
         """Held-out results of a policy."""

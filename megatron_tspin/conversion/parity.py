@@ -1,8 +1,9 @@
-"""The parity gate: the converted policy and transformers must agree on the log-probs of whole responses.
+"""The parity gate: the converted policy and transformers must agree, layer by layer and on log-probs of responses.
 
 A bit-exact round trip proves nothing about config.json; a wrong rope scaling or window passes it. Only this does.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +11,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_tspin.conversion.reference import Reference, references
 from megatron_tspin.data.annotated import Example
 from megatron_tspin.data.template import PLAIN_TEMPLATE, PromptTemplate
+from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.data.tokenizer_loading import load_tokenizer
 from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import ParityError
 from megatron_tspin.log import get_logger, track
+from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.policy import PolicyModel
-from megatron_tspin.objective.scoring import score_pairs
-from megatron_tspin.parallel import Topology
-from megatron_tspin.platform import device
+from megatron_tspin.objective.scoring import score_alone
+from megatron_tspin.parallel import Topology, on_first_rank
+from megatron_tspin.platform import device, has_cuda
+from megatron_tspin.provenance import commit, versions
+from megatron_tspin.records import ComparedLogProb, Verification
 
+LOG_PROB_BOUND = 5e-6
+"""Largest relative difference of a sequence log-prob, fp32."""
+HIDDEN_BOUND = 2e-5
+"""Largest relative difference of a layer's states over a sequence, fp32: norm of the difference over the norm."""
 _SHOWN = 60
+_LONG = 256
+_BEYOND = 64
+_MOST_ON_CPU, _MOST_ON_CUDA = 1024, 16384
+"""Tokens of the long sequence: its attention's squares are computed in float64."""
 _log = get_logger(__name__)
 
 
@@ -57,18 +72,19 @@ _SENTENCES = (
 )
 
 
-def read_sentences(hf_checkpoint: Path, data: Path | None) -> list[Sentence]:
+def read_sentences(hf_checkpoint: Path, data: Path | None, tokenizer: Tokenizer | None = None) -> list[Sentence]:
     """Prompts and responses to compare on, as training encodes them but for the closing EOS.
 
     Args:
-        hf_checkpoint: Its tokenizer encodes the text.
+        hf_checkpoint: Its tokenizer encodes the text, unless there is another.
         data: JSONL of annotated examples; None takes built-in sentences.
+        tokenizer: Encodes the text.
 
     Raises:
         InputError: The file is empty or lines cannot be used; all such lines in one message.
     """
     examples = _built_in() if data is None else read_annotated(data)
-    template = PromptTemplate(PLAIN_TEMPLATE, load_tokenizer(str(hf_checkpoint)))
+    template = PromptTemplate(PLAIN_TEMPLATE, tokenizer or load_tokenizer(str(hf_checkpoint)))
     return [
         Sentence(example.prompt + example.response, prompt_ids, response_ids)
         for example, prompt_ids, response_ids in zip(examples, *template.encode(examples, closed=False), strict=True)
@@ -83,53 +99,124 @@ def _built_in() -> list[Example]:
 
 
 def check_parity(
-    model: PolicyModel, topology: Topology, hf_checkpoint: Path, sentences: Sequence[Sentence], bound: float
-) -> float:
-    """Compares sequence log-probs with transformers on rank 0; returns the largest relative difference.
+    model: PolicyModel,
+    topology: Topology,
+    hf_checkpoint: Path,
+    sentences: Sequence[Sentence],
+    bound: float = LOG_PROB_BOUND,
+) -> Verification:
+    """Compares sequence log-probs and what each layer returns with transformers, all ranks together.
 
-    transformers computes in float64 (twice the memory of the fp32 weights, on rank 0 only): in fp32 its own rounding
-    is larger than the bound on a short, nearly certain response, up to 1.4e-5 on SmolLM2-135M where ours is 1.1e-6.
-    The rounding of a logit does not shrink as a response gets more certain, so such responses differ most. Sentences
-    are cut to the positions that the model has.
+    The judge is `reference.references`, in float64: in fp32 its own rounding is larger than the bound on a short,
+    nearly certain response, up to 1.4e-5 on SmolLM2-135M where ours is 1.1e-6. The rounding of a logit does not shrink
+    as a response gets more certain, so such responses differ most. Sentences are cut to the positions that the model
+    has, and all of them together, repeated, make one that is longer than a window (as far as its squares fit).
+
+    Args:
+        model: This rank's part, in fp32.
+        topology: The layout.
+        hf_checkpoint: The folder that it was loaded from.
+        sentences: What to compare on.
+        bound: Largest relative difference of a sequence log-prob.
 
     Raises:
-        ParityError: It is above `bound`; names the worst sentence and both values. All ranks raise.
+        ParityError: It is larger, or a layer's states differ by more than `HIDDEN_BOUND`. Names the worst sentence with
+            both values, and the first layer that departs. All ranks raise.
     """
-    longest = model.architecture.max_positions
-    kept = [sentence for sentence in sentences if len(sentence.prompt_ids) < longest]
-    pairs = [(sentence.prompt_ids, sentence.response_ids[: longest - len(sentence.prompt_ids)]) for sentence in kept]
-    ours = score_pairs(model, topology, pairs)
-    reference = torch.zeros(len(pairs), dtype=torch.float64, device=device())
-    if topology.rank == 0:
-        reference.copy_(torch.tensor(_transformers_log_probs(hf_checkpoint, pairs), dtype=torch.float64))
-    dist.broadcast(reference, src=0)
-    theirs: list[float] = reference.tolist()
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
-    worst = max(range(len(pairs)), key=differences.__getitem__)
-    summary = (
-        f"{hf_checkpoint}: largest relative difference of {len(pairs)} sequence log-probs is {differences[worst]:.2e}: "
-        f"{ours[worst]:.6f} here, {theirs[worst]:.6f} in transformers, of {kept[worst].text[:_SHOWN]!r}"
+    architecture = model.architecture
+    started = time.perf_counter()
+    compared = _fitting(sentences, architecture)
+    pairs = [(sentence.prompt_ids, sentence.response_ids) for sentence in compared]
+    judged: list[Reference] = []  # stays empty on other ranks, which are sent a layer at a time
+    on_first_rank(lambda: judged.extend(references(hf_checkpoint, pairs, architecture.num_layers)), topology)
+    states = _Captured(model)
+    ours, squares = [], torch.zeros(2, len(pairs), architecture.num_layers, dtype=torch.float64, device=device())
+    try:
+        for number, pair in enumerate(track(pairs, "compare", len(pairs), "sequence", topology.speaks)):
+            score, positions = score_alone(model, topology, pair)
+            ours.append(score)
+            for layer in range(architecture.num_layers):
+                expected = _from_rank_0(
+                    judged, number, layer, (len(pair[0]) + len(pair[1]) - 1, architecture.hidden_size)
+                )
+                squares[:, number, layer] = states.squares(layer, positions, expected)
+    finally:
+        states.close()
+    dist.all_reduce(squares)
+    theirs = on_first_rank(lambda: [float(reference.log_probs.sum()) for reference in judged], topology)
+    found = Verification(
+        sentences=[
+            ComparedLogProb(
+                text=sentence.text[:_SHOWN],
+                prompt_tokens=len(prompt),
+                response_tokens=len(response),
+                ours=here,
+                transformers=there,
+            )
+            for sentence, (prompt, response), here, there in zip(compared, pairs, ours, theirs, strict=True)
+        ],
+        layers=(squares[0] / squares[1]).sqrt().amax(dim=0).tolist(),
+        log_prob_bound=bound,
+        hidden_bound=HIDDEN_BOUND,
+        shortest_window=architecture.shortest_window,
+        layout=f"TP {topology.tp_size}, CP {topology.cp_size}, PP {topology.pp_size}, DP {topology.dp_size}",
+        family=architecture.family,
+        versions=versions(),
+        commit=commit(),
+        seconds=time.perf_counter() - started,
     )
-    if not differences[worst] <= bound:  # also when it is not a number
-        raise ParityError(f"{summary}; that is above the bound of {bound:.2e}, and nothing was written")
+    if not found.holds:
+        raise ParityError(f"{hf_checkpoint}: {found.summary()}; nothing was written")
     if topology.speaks:
-        _log.info("%s; within the bound of %.2e", summary, bound)
-    return differences[worst]
+        _log.info("%s: %s", hf_checkpoint, found.summary())
+    return found
 
 
-@torch.no_grad()
-def _transformers_log_probs(folder: Path, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Sequence log-probs by the model that transformers builds from the folder, one row at a time."""
-    from transformers import AutoModelForCausalLM
+def _fitting(sentences: Sequence[Sentence], architecture: Architecture) -> list[Sentence]:
+    """Those that the model has positions for, cut, and a long one."""
+    most = architecture.max_positions
+    kept = [
+        Sentence(sentence.text, sentence.prompt_ids, sentence.response_ids[: most - len(sentence.prompt_ids)])
+        for sentence in sentences
+        if len(sentence.prompt_ids) < most
+    ]
+    ids = [token for sentence in kept for token in (*sentence.prompt_ids, *sentence.response_ids)]
+    window = architecture.shortest_window or 0
+    longest = min(most, max(_LONG, window + _BEYOND), _MOST_ON_CUDA if has_cuda() else _MOST_ON_CPU)
+    row = (ids * (longest // len(ids) + 1))[:longest]
+    return [*kept, Sentence(f"all of these, repeated to {longest} tokens", row[:1], row[1:])]
 
-    reference: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
-    )
-    reference = reference.to(device()).eval()
-    sums = []
-    for prompt, response in track(pairs, "transformers", len(pairs), "sequence"):
-        logits = reference(input_ids=torch.tensor([prompt + response], device=device()), use_cache=False).logits[0]
-        log_probs = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-        targets = torch.tensor(response, device=device())
-        sums.append(float(log_probs.gather(1, targets[:, None]).sum()))
-    return sums
+
+def _from_rank_0(judged: list[Reference], number: int, layer: int, shape: tuple[int, int]) -> Tensor:
+    """What a layer of the judge returned, fp32 [positions, h], on every rank."""
+    if judged:
+        expected = judged[number].hidden[layer].to(device())
+    else:
+        expected = torch.empty(shape, device=device())
+    dist.broadcast(expected, src=0)
+    return expected
+
+
+class _Captured:
+    """What each layer of this rank returned last."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        self._states: dict[int, Tensor] = {}
+        self._hooks = [layer.register_forward_hook(self._keep) for layer in model.decoder.layers]
+
+    def _keep(self, layer: Any, _inputs: Any, output: Any) -> None:
+        self._states[layer.layer_number - 1] = output[0][:, 0]
+
+    def squares(self, layer: int, positions: Tensor, expected: Tensor) -> Tensor:
+        """Sums of squares of the difference and of what is expected, float64 [2], over this rank's positions."""
+        if layer not in self._states:
+            return torch.zeros(2, dtype=torch.float64, device=device())
+        real = (positions < len(expected)).to(device())
+        wanted = expected[positions.to(device())[real]].double()
+        difference = self._states[layer][real].double() - wanted
+        return torch.stack((difference.square().sum(), wanted.square().sum()))
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,6 +1,7 @@
 """HF checkpoints into the run and out of it. Checkpoints made here are fp32, which loses nothing of the source."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
@@ -11,7 +12,7 @@ from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.loading import check_loads
-from megatron_tspin.conversion.parity import Sentence, check_parity, read_sentences
+from megatron_tspin.conversion.parity import LOG_PROB_BOUND, Sentence, check_parity, read_sentences
 from megatron_tspin.data.annotated import read_examples
 from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.indexed import open_documents
@@ -24,22 +25,39 @@ from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.models.hf_reading import check_reading
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank
-from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path
-from megatron_tspin.storage import sha256_file, sha256_text
+from megatron_tspin.run_folder import TRAIN, VERIFICATION, RunFolder, document_stem, examples_path
+from megatron_tspin.storage import sha256_file, sha256_text, write_json
 
 _log = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """What a conversion has to pass."""
+
+    sentences: list[Sentence]
+    bound: float
+    card: Path
+    """Where to write what was found."""
+
+
 def convert_run(config: Config) -> None:
-    """Makes the run's initial checkpoint, unless one of the same HF files is there and whole."""
+    """Makes the run's initial checkpoint, unless one of the same HF files is there and whole.
+
+    Raises:
+        InputError: The HF checkpoint cannot be used.
+        ParityError: It computes something else here than in transformers.
+    """
     source, target = Path(config.model.hf_checkpoint), RunFolder(Path(config.run_dir)).initial_checkpoint
-    layout = config.parallel.whole_stages()
+    layout, verify = config.parallel.whole_stages(), config.model.verify_conversion
     with distributed(layout, config.seed) as topology:
         digest = on_first_rank(lambda: source_digest(source), topology)
-        if _is_of(target, digest, topology):
+        card = RunFolder(Path(config.run_dir)).verification
+        if _is_of(target, digest, topology) and (not verify or on_first_rank(card.is_file, topology)):
             _log.info("%s is there already", target)
             return
-        _convert(source, target, layout, topology, digest)
+        sentences = read_sentences(source, None, load_run_tokenizer(config)) if verify else []
+        _convert(source, target, layout, topology, digest, _Gate(sentences, LOG_PROB_BOUND, card) if verify else None)
 
 
 def convert_checkpoint(
@@ -51,7 +69,7 @@ def convert_checkpoint(
         hf_checkpoint: The HF folder.
         save: The checkpoint folder to write.
         parallel: The layout; the checkpoint loads under any other too.
-        verify: Compare sequence log-probs with transformers' in float64, before anything is written.
+        verify: Compare with transformers, layer by layer and on sequence log-probs, before anything is written.
         verify_data: JSONL with `prompt` and `response` to compare on; None takes built-in sentences.
         bound: Largest relative difference of a sequence log-prob.
 
@@ -63,7 +81,8 @@ def convert_checkpoint(
     with distributed(parallel) as topology:
         on_first_rank(lambda: _refuse_existing(save), topology)
         digest = on_first_rank(lambda: source_digest(hf_checkpoint), topology)
-        _convert(hf_checkpoint, save, parallel, topology, digest, (sentences, bound))
+        gate = _Gate(sentences, bound, save / VERIFICATION) if verify else None
+        _convert(hf_checkpoint, save, parallel, topology, digest, gate)
 
 
 def export_run(config: Config) -> None:
@@ -108,16 +127,19 @@ def _convert(
     parallel: ParallelSection,
     topology: Topology,
     digest: str,
-    parity: tuple[list[Sentence], float] = ([], 0.0),
+    gate: _Gate | None,
 ) -> None:
     architecture = read_architecture(source)
     on_first_rank(lambda: check_reading(architecture), topology)
     model: PolicyModel = build_policy(architecture, parallel, TrainingSection(), PrecisionSection(), topology)
     load_hf(model, topology)
-    sentences, bound = parity
-    if sentences:
-        check_parity(model, topology, source, sentences, bound)
+    card = None
+    if gate is not None:
+        found = check_parity(model, topology, source, gate.sentences, gate.bound)
+        card = found.model_copy(update={"source": str(source), "source_digest": digest})
     save_checkpoint(target, model, topology, state={"hf_checkpoint": str(source), "hf_digest": digest})
+    if gate is not None and card is not None:
+        on_first_rank(lambda: write_json(gate.card, card.model_dump()), topology)
     if topology.speaks:
         _log.info("converted %s to %s", source, target)
 

@@ -14,7 +14,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.models.row_layout import ContextShare
 from megatron_tspin.objective.forward import run_rows
 from megatron_tspin.objective.packing import Packing, Shape, plan_rows, work_model
-from megatron_tspin.objective.rows import Pair, Rows, pack_row
+from megatron_tspin.objective.rows import Pair, Rows, pack_row, row_length
 from megatron_tspin.parallel import Topology, broadcast_from_last_pipeline_stage, sum_over_replicas, wait_for_all_ranks
 from megatron_tspin.platform import device
 
@@ -71,6 +71,28 @@ def score_pairs(
     broadcast_from_last_pipeline_stage(sum_over_replicas(scores, topology), topology)
     values: list[float] = scores.tolist()
     return values
+
+
+def score_alone(model: PolicyModel, topology: Topology, pair: Pair) -> tuple[float, Tensor]:
+    """One pair in a row of its own, on all replicas alike.
+
+    Returns:
+        Its sequence log-prob, on every rank; and which positions of the sequence this rank's layers computed, int64, in
+        the order of their hidden states. Those from the sequence's length on are padding.
+    """
+    prompt, response = pair
+    length = row_length([pair], topology.row_length_multiple)
+    row = pack_row([(prompt, [response])], length, _context(topology))
+    assert row.layout is not None
+    with torch.no_grad():
+        outputs = _run([model], [row])
+    score = torch.zeros(1, dtype=torch.float64, device=device())
+    if topology.is_last_pipeline_stage:
+        score.copy_(outputs[0].double())
+    positions = row.layout.held
+    if topology.sequence_parallel:
+        positions = positions.chunk(topology.tp_size)[topology.tp_rank]
+    return float(broadcast_from_last_pipeline_stage(score, topology)), positions
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_tspin.config import Config
 from megatron_tspin.config_source import load_config
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, read_records
+from megatron_tspin.records import Evaluation, PrecisionNoise, RolloutSummary, Verification, read_records
 from megatron_tspin.run_folder import RunFolder, shard_summary
 from megatron_tspin.step_metrics import StepMetrics
 from megatron_tspin.storage import read_json
@@ -66,6 +66,8 @@ class RunData:
     """By the number of iterations that the evaluated policy has behind it; 0 is the initial policy."""
     proto: RolloutSummary | None
     """The answers y0 of the initial policy."""
+    verification: Verification | None
+    """Of the conversion of the initial policy."""
     stages: list[Stage]
     """The stages that are done, in the order in which they started."""
     problems: list[str]
@@ -125,7 +127,8 @@ def load_run(run_dir: Path) -> RunData:
     }
     proto = _record(shard_summary(folder.proto), RolloutSummary, problems)
     stages = _stages(folder.markers, problems)
-    return RunData(run_dir, config, iterations, evaluations, proto, stages, problems)
+    verification = _record(folder.verification, Verification, problems)
+    return RunData(run_dir, config, iterations, evaluations, proto, verification, stages, problems)
 
 
 def weighted_mean(steps: Sequence[StepMetrics], field: str) -> float | None:

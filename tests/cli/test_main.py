@@ -167,6 +167,8 @@ def test_conversion_without_a_run(calls: Calls, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ["--hf-checkpoint", "hf", "--save", "out", "--tensor-model-parallel-size", "2"]
     assert main(["convert", *flags]) == 0
+    assert calls.last == ("convert_checkpoint", (Path("hf"), Path("out"), layout, True, None, 5e-6))
+    assert main(["convert", *flags, "--no-verify"]) == 0
     assert calls.last == ("convert_checkpoint", (Path("hf"), Path("out"), layout, False, None, 5e-6))
     assert main(["convert", *flags, "--verify", "--verify-data", "d", "--bound", "1e-3"]) == 0
     assert calls.last == ("convert_checkpoint", (Path("hf"), Path("out"), layout, True, Path("d"), 1e-3))
@@ -179,8 +181,8 @@ def test_conversion_without_a_run(calls: Calls, monkeypatch: pytest.MonkeyPatch)
     [
         (["convert"], "--hf-checkpoint and --save"),
         (["export", "--save", "x"], "--load and --hf-checkpoint"),
-        (["convert", "--hf-checkpoint", "a", "--save", "b", "--verify-data", "c"], "together with --verify"),
-        (["convert", "--hf-checkpoint", "a", "--save", "b", "--bound", "1"], "together with --verify"),
+        (["convert", "--hf-checkpoint", "a", "--save", "b", "--no-verify", "--verify-data", "c"], "of no use with"),
+        (["convert", "--hf-checkpoint", "a", "--save", "b", "--no-verify", "--bound", "1"], "of no use with"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--seed", "1"], "--seed: only used together with --config"),
         (["convert", "--hf-checkpoint", "a", "--save", "b", "--set", "seed=1"], "--seed: only used together with"),
         (

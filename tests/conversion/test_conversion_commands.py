@@ -11,6 +11,7 @@ import pytest
 
 from megatron_tspin.config import Config, DataSection, ModelSection, ParallelSection, SelfPlaySection
 from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.records import Verification
 from megatron_tspin.run_folder import RunFolder
 
 pytestmark = pytest.mark.processes
@@ -34,9 +35,15 @@ def test_there_and_back_with_two_ranks(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("tied")
     layout = ("--pipeline-model-parallel-size", 2)
     core, back = tmp_path / "core", tmp_path / "back"
-    done = command("convert", "--hf-checkpoint", source, "--save", core, "--verify", *layout, ranks=2)
+    done = command("convert", "--hf-checkpoint", source, "--save", core, *layout, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "within the bound of 5.00e-06" in done.stderr
+    assert "layers' states are off by at most" in done.stderr
+    from megatron_tspin.conversion.stages import source_digest
+
+    card = Verification.model_validate_json((core / "verification.json").read_text())
+    assert card.holds and len(card.sentences) == 7 and len(card.layers) == 4
+    assert card.layout == "TP 1, CP 1, PP 2, DP 1"
+    assert (card.family, card.source, card.source_digest) == ("llama", str(source), source_digest(source))
     done = command("export", "--load", core, "--hf-checkpoint", source, "--save", back)
     assert done.returncode == 0, done.stderr
     for path in source.iterdir():
@@ -46,10 +53,11 @@ def test_there_and_back_with_two_ranks(tiny_checkpoint, tmp_path):
 def test_verify_refuses_beyond_the_bound_and_writes_nothing(tiny_checkpoint, tmp_path):
     data, target = tmp_path / "data.jsonl", tmp_path / "core"
     data.write_text('{"prompt": "one two", "response": "three four five"}\n')
-    arguments = ("--hf-checkpoint", tiny_checkpoint("tied"), "--save", target, "--verify", "--bound", -1)
+    arguments = ("--hf-checkpoint", tiny_checkpoint("tied"), "--save", target, "--bound", -1)
     done = command("convert", *arguments, "--verify-data", data)
     assert done.returncode == 4 and not target.exists()
-    assert "in transformers, of 'one twothree four five'; that is above the bound of -1.00e+00" in done.stderr
+    assert "(bound -1e+00)" in done.stderr and "of 2 sequence log-probs" in done.stderr
+    assert "nothing was written" in done.stderr
 
 
 def in_pool(name: str, *args: Any) -> None:

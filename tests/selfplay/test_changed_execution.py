@@ -20,6 +20,7 @@ ConfigOf = Callable[..., Config]
 
 OTHER: dict[str, Any] = {
     "data.tokenizer_threads": 3,
+    "model.verify_conversion": False,
     "training.micro_batch_size": 2,
     "training.save_interval": 5,
     "training.keep_checkpoints": 1,

@@ -42,7 +42,7 @@ def parity(folder: Path, layout: ParallelSection) -> float:
     with in_layout(layout) as topology:
         model: Any = build_policy(read_architecture(folder), layout, TrainingSection(), PrecisionSection(), topology)
         load_hf(model, topology)
-        return check_parity(model, topology, folder, read_sentences(folder, None), bound=5e-6)
+        return check_parity(model, topology, folder, read_sentences(folder, None)).worst.difference
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
