@@ -229,6 +229,12 @@ class ParallelSection(Section):
     context_parallel_size: int = execution(
         1, "--context-parallel-size", "CP: ranks that share each packed row, for long answers.", ge=1
     )
+    expert_model_parallel_size: int = execution(
+        1,
+        "--expert-model-parallel-size",
+        "EP: ranks that share out the experts of a sparse layer, of those among CP x DP.",
+        ge=1,
+    )
     sequence_parallel: bool = execution(
         False, "--sequence-parallel", "Split norms and dropout over TP along the sequence."
     )
@@ -269,6 +275,14 @@ class ParallelSection(Section):
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
+    def equal_rows(self) -> bool:
+        """Whether all rows of a global batch have to be equally long.
+
+        Pipelines exchange fixed shapes, and ranks that share experts the same number of tokens.
+        """
+        return self.pipeline_model_parallel_size > 1 or self.expert_model_parallel_size > 1
+
+    @property
     def row_count_multiple(self) -> int:
         """What the number of rows of a replica has to be a multiple of: virtual stages take PP rows at a time."""
         return self.pipeline_model_parallel_size if self.num_virtual_stages > 1 else 1
@@ -283,6 +297,11 @@ class ParallelSection(Section):
             raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more")
+        if self.context_parallel_size * self.data_parallel_size % self.expert_model_parallel_size:
+            raise ValueError(
+                f"expert_model_parallel_size of {self.expert_model_parallel_size} does not divide "
+                f"context_parallel_size x data_parallel_size = {self.context_parallel_size * self.data_parallel_size}"
+            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
         return self

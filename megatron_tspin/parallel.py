@@ -47,6 +47,9 @@ class Topology:
     cp_rank: int
     cp_size: int
     cp_group: dist.ProcessGroup
+    ep_rank: int
+    ep_size: int
+    """EP: consecutive ranks of CP x DP, CP being the faster."""
     dp_cp_group: dist.ProcessGroup
     """DP x CP: the ranks that hold the same part of the policy."""
     model_parallel_group: dist.ProcessGroup
@@ -54,6 +57,8 @@ class Topology:
     num_virtual_stages: int
     """Groups of layers that this rank holds."""
     sequence_parallel: bool
+    equal_rows: bool
+    """See `ParallelSection.equal_rows`."""
     row_length_multiple: int
     """See `ParallelSection.row_length_multiple`."""
     row_count_multiple: int
@@ -137,6 +142,8 @@ def build_topology(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.tensor_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=patience.total_seconds() / 60,
     )
@@ -157,10 +164,13 @@ def build_topology(
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=layout.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=layout.expert_model_parallel_size,
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_parallel_group=parallel_state.get_model_parallel_group(),
         num_virtual_stages=layout.num_virtual_stages,
         sequence_parallel=layout.sequence_parallel,
+        equal_rows=layout.equal_rows,
         row_length_multiple=layout.row_length_multiple(tokens_multiple),
         row_count_multiple=layout.row_count_multiple,
     )

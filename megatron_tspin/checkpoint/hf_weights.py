@@ -25,6 +25,7 @@ from megatron_tspin.parallel import Topology
 from megatron_tspin.storage import atomic_path
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=^mlp\.experts\.local_experts\.)\d+")
 # Transformer Engine's linears have the norm before them inside.
 _TE_NAMES = {
     f"{linear}.layer_norm_{kind}": f"{norm}.{kind}"
@@ -70,8 +71,15 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Ent
     lines = {entry.core: entry for entry in tensors(model.architecture)}
     if model.architecture.tied_embeddings:
         lines[_OUTPUT_LAYER] = lines[_EMBEDDING]
-    parameters = {_global_name(name, model): parameter for name, parameter in model.named_parameters()}
-    expected = {name for name in lines if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank}
+    first = _experts(model.architecture, topology).start
+    parameters = {_global_name(name, model, first): parameter for name, parameter in model.named_parameters()}
+    experts = _experts(model.architecture, topology)
+    expected = {
+        name
+        for name, entry in lines.items()
+        if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank
+        and (entry.expert is None or entry.expert in experts)
+    }
     if model.architecture.tied_embeddings and topology.pp_size == 1:
         expected.discard(_OUTPUT_LAYER)  # one parameter serves both ends
     if set(parameters) != expected:
@@ -87,13 +95,19 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Ent
         yield lines[name], parameter
 
 
-def _global_name(name: str, model: PolicyModel) -> str:
-    """A parameter's name in the table: its layer counted through the whole network instead of this pipeline stage."""
+def _experts(architecture: Architecture, topology: Topology) -> range:
+    """The experts that this rank holds a part of."""
+    share = 0 if architecture.experts is None else architecture.experts.count // topology.ep_size
+    return range(share * topology.ep_rank, share * (topology.ep_rank + 1))
+
+
+def _global_name(name: str, model: PolicyModel, first_expert: int) -> str:
+    """A parameter's name in the table: layer and expert counted through the whole network instead of this rank."""
     found = _LAYER.match(name)
     if not found:
         return name
     layer = model.decoder.layers[int(found[1])].layer_number - 1
-    part = name[found.end() :]
+    part = _EXPERT.sub(lambda number: f"{first_expert + int(number[0])}", name[found.end() :])
     return f"decoder.layers.{layer}.{_TE_NAMES.get(part, part)}"
 
 
@@ -159,13 +173,20 @@ def export_hf(
 
 def _send(entry: Entry, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology) -> None:
     """Hands this rank's part of a weight to rank 0, if rank 0 needs it from here."""
-    if topology.dp_rank != 0 or topology.cp_rank != 0:
+    if topology.cp_rank + topology.cp_size * topology.dp_rank != _owner(entry, architecture, topology):
         return
     if _stage_of(entry.core, architecture, topology.pp_size) != topology.pp_rank:
         return
     if entry.layout.split is Split.NONE and topology.tp_rank != 0:
         return
     dist.send(local[entry.core].detach().contiguous(), dst=0)
+
+
+def _owner(entry: Entry, architecture: Architecture, topology: Topology) -> int:
+    """Which of the ranks of CP x DP, CP being the faster, hands a tensor over: the first one that holds it."""
+    if entry.expert is None or architecture.experts is None:
+        return 0
+    return entry.expert * topology.ep_size // architecture.experts.count
 
 
 def _gather(
@@ -178,7 +199,8 @@ def _gather(
     shape = entry.core_shape(topology.tp_size)
     for tp_rank in range(1 if entry.layout.split is Split.NONE else topology.tp_size):
         # Megatron's order of ranks: TP fastest, then CP, then DP, then PP.
-        rank = tp_rank + topology.tp_size * topology.cp_size * topology.dp_size * stage
+        replica = _owner(entry, architecture, topology)
+        rank = tp_rank + topology.tp_size * (replica + topology.cp_size * topology.dp_size * stage)
         if rank == 0:
             part = local[entry.core].detach()
         else:

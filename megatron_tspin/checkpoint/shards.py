@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron_tspin.checkpoint.rectangles import rectangles
 from megatron_tspin.models.policy import PolicyModel
 
-_METADATA = {"non_homogeneous_layers": True}  # a name of its own for each layer, counted through the whole network
+# A name of its own for each layer and each expert, counted through the whole network.
+_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": True}
 
 
 def bare_policies(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[PolicyModel]:

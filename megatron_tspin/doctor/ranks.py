@@ -18,7 +18,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.hf_config import read_architecture
-from megatron_tspin.models.sizes import num_parameters
+from megatron_tspin.models.sizes import num_expert_parameters, num_parameters
 from megatron_tspin.parallel import Topology, distributed
 from megatron_tspin.platform import device, has_cuda
 from megatron_tspin.run_folder import RunFolder
@@ -63,8 +63,9 @@ def examine(config: Config) -> None:
 def least_bytes_of_a_rank(config: Config) -> int:
     """Bytes of weights, gradients and optimizer of an average rank that trains; activations come on top."""
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    parameters = num_parameters(architecture)
     layout = config.parallel
+    experts = num_expert_parameters(architecture)
+    parameters = num_parameters(architecture) - experts + experts // layout.expert_model_parallel_size
     shared = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     moments = 2 if config.optimizer.optimizer == "adam" else 1
     weight, master = (2, 4) if config.precision.bf16 else (4, 0)

@@ -183,12 +183,20 @@ class Architecture:
             divisors.append(
                 ("tensor_model_parallel_size", tensor, "MLP columns of an expert", self.experts.ffn_hidden_size)
             )
+        if self.experts is not None:
+            experts = parallel.expert_model_parallel_size
+            divisors.append(("expert_model_parallel_size", experts, "experts", self.experts.count))
         refused = [
             f"parallel.{name} = {size} does not divide the {count} {what} of {self.folder}; use a divisor of {count}"
             for name, size, what, count in divisors
             if count % size
         ]
         refused += self._key_value_heads_problems(tensor)
+        if self.experts is None and parallel.expert_model_parallel_size > 1:
+            refused.append(
+                f"parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size}: {self.folder} has no "
+                "experts; leave --expert-model-parallel-size out"
+            )
         if refused:
             raise InputError("\n".join(refused))
 
@@ -216,6 +224,11 @@ class Architecture:
         """
         if precision.fp8 is None:
             return
+        if self.experts is not None:
+            raise InputError(
+                f"precision.fp8 = {precision.fp8} is not implemented for mixtures of experts, whose numbers of "
+                f"tokens are no multiples of what FP8 needs ({self.folder}); leave --fp8-format out"
+            )
         tensor, unit = parallel.tensor_model_parallel_size, precision.features_multiple
         heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         sizes = {
@@ -224,8 +237,6 @@ class Architecture:
             "columns of the attention's output on a TP rank": self.num_heads * self.head_dim // tensor,
             "columns of the MLP on a TP rank": self.ffn_hidden_size // tensor,
         }
-        if self.experts is not None:
-            sizes["columns of an expert on a TP rank"] = self.experts.ffn_hidden_size // tensor
         refused = [
             f"precision.fp8 = {precision.fp8} needs sizes that are multiples of {unit}: {what} of {self.folder} is "
             f"{size} at tensor_model_parallel_size = {tensor}; leave --fp8-format out"

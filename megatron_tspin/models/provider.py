@@ -62,7 +62,7 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         use_te_activation_func=True,  # in truth: take the activation that the layer spec names
         add_bias_linear=False,
-        **_expert_fields(architecture),
+        **_expert_fields(architecture, parallel),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         torch_fp8=torch_fp8(precision),
@@ -86,13 +86,15 @@ def transformer_config(
     )
 
 
-def _expert_fields(architecture: Architecture) -> dict[str, Any]:
+def _expert_fields(architecture: Architecture, parallel: ParallelSection) -> dict[str, Any]:
     """megatron-core's settings of a mixture of experts, with no loss of the router's own."""
     experts = architecture.experts
     if experts is None:
         return {}
     return {
         "num_moe_experts": experts.count,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.tensor_model_parallel_size,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
         # Probabilities over all experts and then the largest of them, or over the largest logits: they sum to 1.

@@ -13,6 +13,11 @@ def num_parameters(architecture: Architecture) -> int:
     return sum(map(_elements, tensors(architecture)))
 
 
+def num_expert_parameters(architecture: Architecture) -> int:
+    """Those among them that expert parallelism shares out."""
+    return sum(_elements(tensor) for tensor in tensors(architecture) if tensor.expert is not None)
+
+
 def parameters_per_layer(architecture: Architecture) -> list[int]:
     """Parameters of each layer, all its experts included."""
     found = [0] * architecture.num_layers

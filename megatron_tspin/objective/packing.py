@@ -91,7 +91,7 @@ class Packing:
         capacity: Most tokens of a row.
         multiple: Row lengths are multiples of this.
         share_prompts: One prompt a triplet, or one a response.
-        uniform: All rows of a global batch are equally long, as pipelines need.
+        uniform: All rows of a global batch are equally long, see `ParallelSection.equal_rows`.
         row_count_multiple: The rows of a replica are a multiple of this, as virtual pipeline stages need.
     """
 
@@ -111,7 +111,7 @@ def row_packing(config: Config) -> Packing | None:
         capacity=max(config.row_capacity // multiple, 1) * multiple,
         multiple=multiple,
         share_prompts=training.share_prompts,
-        uniform=config.parallel.pipeline_model_parallel_size > 1,
+        uniform=config.parallel.equal_rows,
         row_count_multiple=config.parallel.row_count_multiple,
     )
 

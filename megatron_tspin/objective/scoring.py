@@ -53,7 +53,7 @@ def score_pairs(
             packing = Packing(
                 capacity=max(row_tokens, *(shape.row_tokens(True) for shape in shapes)),
                 multiple=topology.row_length_multiple,
-                uniform=topology.pp_size > 1,
+                uniform=topology.equal_rows,
                 row_count_multiple=topology.row_count_multiple,
             )
             planned = plan_rows(shapes, packing, work, topology.dp_size)[topology.dp_rank]
