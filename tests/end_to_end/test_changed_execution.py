@@ -10,7 +10,8 @@ from tests.end_to_end.small_run import CHECKPOINT, NUM_STEPS, sha256_of, succeed
 from tests.end_to_end.test_kill import Kill, Processes, kill_once, losses
 from tests.rounding import all_within, same_updates
 
-pytestmark = pytest.mark.processes
+# Slow: what it shows is shown piece by piece, by the trajectories of layouts and by the driver's test of the same name.
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 IN_ROLLOUT = Kill("rollout_000", "iteration_000/synthetic/shard_00002.jsonl", ("proto/summary.json",))
 IN_TRAINING = Kill(
