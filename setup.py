@@ -37,8 +37,22 @@ setup(
     ],
     extras_require={
         "bench": ["trl>=1.16", "accelerate>=1.15", "datasets>=5.2"],
+        "parquet": ["pyarrow>=17"],
+        "zstd": ["zstandard>=0.22"],
+        # Others' writer and reader of Megatron's indexed files, which the tests hold ours to.
+        "oracles": ["datatrove==0.10.1", "megatron-tokenizer-lite==0.0.2", "datasets>=5.2"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "pyarrow>=17",
+            "zstandard>=0.22",
+        ],  # fmt: skip
     },
     entry_points={"console_scripts": ["tspin = megatron_tspin.cli.main:main"]},
     classifiers=[

@@ -22,6 +22,7 @@ _MOST_ROLES = 3
 _LEAST_ROW = 2048
 
 TokenizerRules = Literal["tokenizer.json", "transformers"]
+Turns = Literal["last", "first", "every"]
 Method = Literal["tspin", "spin", "tspin_ref", "sft"]
 
 
@@ -48,8 +49,26 @@ class ModelSection(Section):
 class DataSection(Section):
     """The annotated answers."""
 
-    annotated: str = result(..., "--annotated", "JSONL with `prompt` and `response`, or `messages`, on each line.")
-    held_out: str | None = result(None, "--held-out", "JSONL of held-out examples, evaluated after each iteration.")
+    annotated: str = result(..., "--annotated", "Rows with `prompt` and `response`, or `messages`: see docs/data.md.")
+    held_out: str | None = result(None, "--held-out", "Held-out examples alike, evaluated after each iteration.")
+    held_out_fraction: float = result(
+        0.0,
+        "--held-out-fraction",
+        "Share of --annotated to hold out instead, chosen by a hash of each prompt: rows that are added move none.",
+        ge=0,
+        lt=1,
+    )
+    split_seed: int = result(0, None, "Key of the hash that chooses what is held out.", ge=0)
+    prompt_column: str = result("prompt", "--prompt-column", "Column of the prompt; `a.b` and `a.0` reach into it.")
+    response_column: str = result("response", "--response-column", "Column of the annotated response.")
+    messages_column: str | None = result("messages", "--messages-column", "Column of conversations; null: none.")
+    system_column: str | None = result("system", "--system-column", "Column of a system text, if any; null: none.")
+    id_column: str = result("id", "--id-column", "Column of an example's id; where `id` is absent, the line's number.")
+    turns: Turns = result(
+        "last",
+        "--turns",
+        "Assistant messages of a conversation that are responses, each with all before it as its prompt.",
+    )
     template: str = result(
         PAPER_TEMPLATE, "--template", "Text around `{prompt}`, or `chat` for the tokenizer's own chat template."
     )
@@ -74,6 +93,17 @@ class DataSection(Section):
             except ValueError as error:
                 raise ValueError(f"template_date = {value!r} is no date; write it as 2026-01-31") from error
         return value
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are held-out examples."""
+        return self.held_out is not None or self.held_out_fraction > 0
+
+    @model_validator(mode="after")
+    def _held_out_comes_from_one_place(self) -> "DataSection":
+        if self.held_out is not None and self.held_out_fraction > 0:
+            raise ValueError("held_out and held_out_fraction are two ways to hold examples out; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _template_has_one_prompt(self) -> "DataSection":

@@ -40,12 +40,12 @@ def set_up_logging(speak: bool = True) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 
-def progress_bar(description: str, total: int, unit: str, speak: bool = True, done: int = 0) -> Any:
+def progress_bar(description: str, total: int | None, unit: str, speak: bool = True, done: int = 0) -> Any:
     """A bar with rate and time left; without a terminal a line every ten seconds instead. Each update is a heartbeat.
 
     Args:
         description: What is being done, e.g. "train iteration 1".
-        total: Number of units in all.
+        total: Number of units in all; None if nobody knows yet.
         unit: Name of one unit, e.g. "step".
         speak: False draws nothing (ranks other than the first).
         done: Units that an earlier, interrupted process did.
@@ -59,7 +59,7 @@ def progress_bar(description: str, total: int, unit: str, speak: bool = True, do
         total=total,
         unit=unit,
         initial=done,
-        disable=not speak or done >= total,
+        disable=not speak or (total is not None and done >= total),
         dynamic_ncols=True,
         mininterval=pause,
         leave=True,

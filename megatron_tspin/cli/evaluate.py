@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Evaluate a checkpoint on the held-out examples, as a run does after each iteration.
 
-reads   the checkpoint --load and the examples data.held_out
+reads   the checkpoint --load and the held-out examples: data.held_out, or data.held_out_fraction of data.annotated
 writes  the file --output: accuracy of greedy and sampled answers, and log-probs of the annotated ones
 
 example
@@ -35,6 +35,8 @@ def add_parser(subparsers: "Subparsers") -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     config = config_of(args, _UNREAD)
+    if config.data.held_out_fraction > 0:
+        config = config_of(args, [name for name in _UNREAD if name != "data.annotated"])
     enter_ranks(config.generation_layout())
     from megatron_tspin.generation.stages import evaluate_file
 

@@ -11,10 +11,10 @@ from megatron_tspin.errors import EXIT_OK
 if TYPE_CHECKING:
     from megatron_tspin.cli.arguments import Subparsers
 
-_DESCRIPTION = """Sample one response to each prompt of a JSONL file.
+_DESCRIPTION = """Sample one response to each prompt of a file.
 
-reads   the checkpoint --load and the examples --prompts (`prompt`, or `messages`, of which the last user message is
-        answered, with all that comes before it, on each line)
+reads   the checkpoint --load and the examples --prompts (`prompt`, or `messages`, of which --turns says what
+        is answered, with all that comes before it, on each line; docs/data.md lists the formats)
 writes  OUTPUT/shard_*.jsonl: id, token ids, log-prob of each token, whether the response ended, text
 
 The same prompt, seed and iteration give the same response under every layout and batch size.
@@ -23,7 +23,7 @@ example
   tspin generate --config runs/first/run.yaml --load runs/first/initial/checkpoint --prompts new.jsonl --output out"""
 
 _UNREAD = (
-    "run_dir", "data.annotated", "data.held_out", "data.over_long",
+    "run_dir", "data.annotated", "data.held_out", "data.held_out_fraction", "data.split_seed", "data.over_long",
     "objective", "optimizer", "self_play", "evaluation",
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     """Adds the command."""
     parser = command_parser(subparsers, "generate", "sample responses to the prompts of a file", _DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl", help="examples to answer")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="examples to answer")
     add_output(parser, "folder for the shards", "DIR")
     add_iteration(parser, default=0, purpose="iteration that keys the random numbers [0]")
     add_config(parser, ("", "model", "data", "parallel", "generation"))

@@ -11,17 +11,17 @@ from megatron_tspin.errors import EXIT_OK
 if TYPE_CHECKING:
     from megatron_tspin.cli.arguments import Subparsers
 
-_DESCRIPTION = """Write the log-prob of each response of a JSONL file under a checkpoint.
+_DESCRIPTION = """Write the log-prob of each response of a file under a checkpoint.
 
 reads   the checkpoint --load and the examples --data (on each line `prompt` and `response`, or `messages`, of which
-        the first turn is scored, or `prompt_ids` and `response_ids`)
+        --turns says what is scored, or `prompt_ids` and `response_ids`; docs/data.md lists the formats)
 writes  the file --output, one line an example: id, log_prob (sum over the response, EOS included), num_tokens
 
 example
   tspin score --config runs/first/run.yaml --load runs/first/initial/checkpoint --data new.jsonl --output out.jsonl"""
 
 _UNREAD = (
-    "run_dir", "data.annotated", "data.held_out", "data.over_long",
+    "run_dir", "data.annotated", "data.held_out", "data.held_out_fraction", "data.split_seed", "data.over_long",
     "objective", "optimizer", "generation", "self_play", "evaluation",
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     """Adds the command."""
     parser = command_parser(subparsers, "score", "log-probs of the responses of a file", _DESCRIPTION)
     parser.add_argument("--load", type=Path, required=True, metavar="CKPT", help="checkpoint of the policy")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="examples to score")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="examples to score")
     add_output(parser, "file to write", "FILE.jsonl")
     add_config(parser, ("", "model", "data", "training", "parallel"))
     parser.set_defaults(run=run)

@@ -17,7 +17,7 @@ class Example(Record):
     response: str
     """Empty where a prompt is only to be answered."""
     messages: list[dict[str, str]] | None = None
-    """The messages before the response, for chat templates; None if the line had `prompt`."""
+    """The messages before the response, for chat templates; None if the line had a prompt and no system text."""
     record: dict[str, Any]
     """The user's whole line, for scorers."""
 
@@ -29,6 +29,15 @@ def read_examples(path: Path) -> list[Example]:
         InputError: The file is missing or a line is torn.
     """
     return list(read_records(path, Example))
+
+
+def read_ids(path: Path) -> list[str]:
+    """The ids alone, in order, of what `write_examples` wrote.
+
+    Raises:
+        InputError: As `read_examples`.
+    """
+    return [example.id for example in read_records(path, Example)]
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

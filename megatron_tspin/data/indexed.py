@@ -7,7 +7,9 @@ array of it crashes the process once its data set is gone.
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,55 +62,104 @@ def write_documents(
     Raises:
         InputError: An id is not in [0, vocab_size), or there is not a single token.
     """
+    with document_writer(path_stem, vocab_size, lambda: facts) as writer:
+        writer.extend(documents)
+
+
+@contextmanager
+def document_writer(
+    path_stem: Path, vocab_size: int, facts: Callable[[], Mapping[str, Any]]
+) -> Iterator["DocumentWriter"]:
+    """Writes documents as they come; what was there before stays untouched until the block has succeeded.
+
+    Args:
+        path_stem: As for `write_documents`.
+        vocab_size: Likewise.
+        facts: Called when the block has ended.
+
+    Raises:
+        InputError: As `write_documents`.
+    """
     bin_path, idx_path, sidecar_path = (file_of(path_stem, kind) for kind in ("bin", "idx", "json"))
-    if sidecar_path.exists():  # from here until the end the old sidecar would vouch for the wrong files
-        sidecar_path.unlink()
-        fsync_path(sidecar_path.parent)
-    dtype = "uint16" if vocab_size <= _LARGEST_UINT16_VOCABULARY else "int32"
-    with atomic_path(bin_path) as temporary, temporary.open("wb") as stream:
-        lengths, largest_id = _write_tokens(stream, documents, np.dtype(dtype), vocab_size, path_stem)
+    with atomic_path(bin_path) as temporary:
+        with temporary.open("wb") as stream:
+            writer = DocumentWriter(stream, vocab_size, path_stem)
+            yield writer
+        lengths = writer.lengths()
+        if sidecar_path.exists():  # from here until the end the old sidecar would vouch for the wrong files
+            sidecar_path.unlink()
+            fsync_path(sidecar_path.parent)
     with atomic_path(idx_path) as temporary:
-        temporary.write_bytes(_index_bytes(lengths, dtype))
+        temporary.write_bytes(_index_bytes(lengths, writer.dtype.name))
     sidecar = Sidecar(
         version=_SIDECAR_VERSION,
         documents=len(lengths),
         tokens=int(lengths.sum()),
-        dtype=dtype,
-        largest_id=largest_id,
+        dtype=writer.dtype.name,
+        largest_id=writer.largest_id,
         vocab_size=vocab_size,
         bin_bytes=bin_path.stat().st_size,
-        bin_sha256=sha256_file(bin_path),
+        bin_sha256=writer.sha256(),
         idx_bytes=idx_path.stat().st_size,
         idx_sha256=sha256_file(idx_path),
-        facts=dict(facts),
+        facts=dict(facts()),
     )
     write_json(sidecar_path, sidecar.model_dump())
 
 
-def _write_tokens(
-    stream: BinaryIO, documents: Iterable[Sequence[int]], dtype: "np.dtype[Any]", vocab_size: int, stem: Path
-) -> tuple[NDArray[np.int64], int]:
-    """Returns the length of each document and the largest id."""
-    lengths: list[int] = []
-    largest_id = -1
-    for number, document in enumerate(documents):
-        ids = np.asarray(document)
+class DocumentWriter:
+    """Appends documents to a stream, four bytes of memory each; opened with `document_writer`."""
+
+    def __init__(self, stream: BinaryIO, vocab_size: int, stem: Path) -> None:
+        self.dtype: np.dtype[Any] = np.dtype("uint16" if vocab_size <= _LARGEST_UINT16_VOCABULARY else "int32")
+        self.largest_id = -1
+        self._stream = stream
+        self._vocab_size = vocab_size
+        self._stem = stem
+        self._lengths = array("i")
+        self._hash = hashlib.sha256()
+
+    def extend(self, documents: Iterable[Sequence[int]]) -> None:
+        """Writes documents of token ids.
+
+        Raises:
+            InputError: An id is not in [0, vocab_size).
+        """
+        for document in documents:
+            self._append(document)
+
+    def _append(self, document: Sequence[int]) -> None:
+        ids, number = np.asarray(document), len(self._lengths)
         if ids.size:
             if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise InputError(f"{stem}: document {number} is not a flat list of token ids")
+                raise InputError(f"{self._stem}: document {number} is not a flat list of token ids")
             low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab_size:
+            if low < 0 or high >= self._vocab_size:
                 wrong = low if low < 0 else high
                 raise InputError(
-                    f"{stem}: document {number} has token id {wrong}, outside of the vocabulary of {vocab_size}; "
-                    "the tokenizer does not belong to this model"
+                    f"{self._stem}: document {number} has token id {wrong}, outside of the vocabulary of "
+                    f"{self._vocab_size}; the tokenizer does not belong to this model"
                 )
-            largest_id = max(largest_id, high)
-            stream.write(ids.astype(dtype).tobytes())
-        lengths.append(ids.size)
-    if largest_id < 0:
-        raise InputError(f"{stem}: {len(lengths)} documents without a single token; there is nothing to write")
-    return np.array(lengths, dtype=np.int64), largest_id
+            self.largest_id = max(self.largest_id, high)
+            written = ids.astype(self.dtype).tobytes()
+            self._stream.write(written)
+            self._hash.update(written)
+        self._lengths.append(ids.size)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64 [documents].
+
+        Raises:
+            InputError: There is not a single token.
+        """
+        if self.largest_id < 0:
+            count = len(self._lengths)
+            raise InputError(f"{self._stem}: {count} documents without a single token; there is nothing to write")
+        return np.array(self._lengths, dtype=np.int64)
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the tokens written."""
+        return self._hash.hexdigest()
 
 
 def _index_bytes(lengths: NDArray[np.int64], dtype: str) -> bytes:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
-from megatron_tspin.data.user_examples import read_annotated
+from megatron_tspin.data.user_examples import first_annotated
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def preview(config: Config, count: int) -> Iterator[tuple[str, list[PreviewedTok
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
     special = tokenizer.special_ids | tokenizer.endings.stops
-    examples = list(islice(read_annotated(Path(config.data.annotated)), count))
+    examples = first_annotated(Path(config.data.annotated), config.data, count)
     for example, prompt, response in zip(examples, *template.encode(examples), strict=True):
         parts = {"prompt": prompt, "response": response}
         yield (

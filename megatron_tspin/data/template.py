@@ -1,6 +1,7 @@
 """What a text becomes: the one place that makes prompt and response ids, for training, scoring and generation alike."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from megatron_tspin.config import CHAT_TEMPLATE
@@ -28,6 +29,8 @@ class PromptTemplate:
         self._is_chat = template == CHAT_TEMPLATE
         self._added_start, self._added_end = ([], []) if self._is_chat else _added(tokenizer)
         self._dropped: dict[str, bool] = {}
+        # One look for all of them: some tokenizers have hundreds.
+        self._any_special = re.compile("|".join(map(re.escape, tokenizer.special_texts)) or r"(?!)")
         # The chat template is the tokenizer's and so part of its fingerprint.
         parts = [template, tokenizer.fingerprint] if self._is_chat else [template]
         self.fingerprint: str = sha256_text(json.dumps(parts))
@@ -46,6 +49,8 @@ class PromptTemplate:
         """Texts of special tokens that an example's own prompt and response hold, and that become those tokens."""
         contents = [message["content"] for message in example.messages or ()] or [example.prompt]
         whole = "\n".join([*contents, example.response])
+        if self._any_special.search(whole) is None:
+            return []
         return [text for text in self._tokenizer.special_texts if text in whole]
 
     def prompt_ids(self, examples: Sequence[Example]) -> list[list[int]]:

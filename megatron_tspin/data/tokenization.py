@@ -1,24 +1,35 @@
 """The `tokenize` stage: annotated examples become normalised examples and token documents."""
 
 import datetime
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.annotated import Example, write_examples
-from megatron_tspin.data.encoding import Encoder
+from megatron_tspin.data.annotated import Example
+from megatron_tspin.data.encoding import EncodedExamples, Encoder
 from megatron_tspin.data.endings import endings_of_run
-from megatron_tspin.data.indexed import open_documents, write_documents
+from megatron_tspin.data.indexed import document_writer, open_documents
+from megatron_tspin.data.seen_prompts import SeenPrompts
+from megatron_tspin.data.sources import source_digest
+from megatron_tspin.data.splits import Split, splits_of
 from megatron_tspin.data.template import RESPONSE_RULE, PromptTemplate
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.data.tokenizer_export import COMPARED, becomes_another, check_exportable
 from megatron_tspin.data.tokenizer_loading import load_tokenizer
-from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.data.vocabulary import check_vocabulary, model_vocab_size
 from megatron_tspin.errors import ArtifactError
 from megatron_tspin.log import get_logger
 from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path
-from megatron_tspin.storage import sha256_file
+from megatron_tspin.storage import atomic_path, sha256_file
+
+_READING = (
+    "prompt_column", "response_column", "messages_column", "system_column", "id_column", "turns",
+    "held_out_fraction", "split_seed",
+)  # fmt: skip
 
 logger = get_logger(__name__)
 
@@ -42,35 +53,68 @@ def load_run_tokenizer(config: Config) -> Tokenizer:
 def tokenize_run(config: Config) -> None:
     """Writes `data/<split>.jsonl` and the prompt and annotated documents of the training and held-out examples.
 
-    All input is checked before anything is written. Outputs that were made from the same input are left as they are.
+    All input is checked before anything gets its name. Outputs that were made from the same input are left as they are.
+    Examples go through a few batches at a time, so memory hardly grows with their number.
 
     Raises:
         InputError: The tokenizer or the examples cannot be used; all errors of a file in one message.
     """
-    sources = {TRAIN: Path(config.data.annotated)}
-    if config.data.held_out is not None:
-        sources[HELD_OUT] = Path(config.data.held_out)
-    examples = {split: read_annotated(path) for split, path in sources.items()}
-    _warn_of_overlap(examples)
+    splits = splits_of(config.data)
+    first = {name: _first(split) for name, split in splits.items()}
     tokenizer = load_run_tokenizer(config)
     template = PromptTemplate(config.data.template, tokenizer)
     logger.info("responses: %s", _shown_endings(tokenizer))
-    for read in examples.values():
-        tokenizer.check(text for item in read[:COMPARED] for text in (template.text(item), item.response))
+    for compared in first.values():
+        tokenizer.check(text for item in compared for text in (template.text(item), item.response))
     encoder = Encoder(config, template, tokenizer.endings.stops)
-    facts = {split: _facts(config, split, path, template, tokenizer) for split, path in sources.items()}
+    facts = {name: _facts(config, split, template, tokenizer) for name, split in splits.items()}
     folder = RunFolder(Path(config.run_dir)).data
-    stale = {split: path for split, path in sources.items() if not _is_current(folder, split, facts[split])}
-    encoded = {split: encoder.encode(path, split, examples[split]) for split, path in stale.items()}
-    if TRAIN in encoded and becomes_another(config):
-        check_exportable(config, encoded[TRAIN].first(COMPARED))
-    for split, found in encoded.items():
-        write_examples(examples_path(folder, split), found.examples)
-        whole = facts[split] | {"examples_sha256": sha256_file(examples_path(folder, split))}
-        vocab_size = facts[split]["vocab_size"]
-        write_documents(document_stem(folder, split, "prompt"), found.prompts, vocab_size, whole)
-        write_documents(document_stem(folder, split, "annotated"), found.responses, vocab_size, whole)
-        logger.info("%s: %d examples in %s", split, len(found.examples), folder)
+    stale = [name for name in splits if not _is_current(folder, name, facts[name])]
+    if not stale:
+        return
+    prompts = {name: SeenPrompts(split) for name, split in splits.items()}
+    with ExitStack() as staged:  # nothing gets its name before all of it is known to be usable
+        for name, split in splits.items():
+            examples = prompts[name].watch(split(quiet=name not in stale))
+            if name in stale:
+                _encode(config, staged, folder, facts[name], encoder.encode(split.source, name, examples))
+            else:
+                deque(examples, maxlen=0)
+        for name in stale:
+            prompts[name].warn_of_repeats()
+        if HELD_OUT in prompts:
+            prompts[HELD_OUT].warn_of_overlap(prompts[TRAIN])
+
+
+def _encode(
+    config: Config, staged: ExitStack, folder: Path, facts: dict[str, Any], batches: Iterable[EncodedExamples]
+) -> None:
+    """Writes the outputs of a split under temporary names, which they lose when `staged` ends well."""
+    name, count, first = facts["split"], 0, EncodedExamples()
+    examples = staged.enter_context(atomic_path(examples_path(folder, name)))
+
+    def whole() -> dict[str, Any]:
+        return facts | {"examples_sha256": sha256_file(examples)}
+
+    prompts, responses = (
+        staged.enter_context(document_writer(document_stem(folder, name, key), facts["vocab_size"], whole))
+        for key in ("prompt", "annotated")
+    )
+    with examples.open("w", encoding="utf-8", newline="\n") as stream:
+        for batch in batches:
+            stream.writelines(example.line() for example in batch.examples)
+            prompts.extend(batch.prompts)
+            responses.extend(batch.responses)
+            first.extend(batch.first(COMPARED - len(first.examples)))
+            count += len(batch.examples)
+    if name == TRAIN and becomes_another(config):
+        check_exportable(config, first)
+    logger.info("%s: %d examples in %s", name, count, folder)
+
+
+def _first(split: Split) -> list[Example]:
+    """The first examples of a split, as many as are compared."""
+    return [located.item for located in islice(split(quiet=True), COMPARED)]
 
 
 def _shown_endings(tokenizer: Tokenizer) -> str:
@@ -83,11 +127,12 @@ def _shown_endings(tokenizer: Tokenizer) -> str:
     return f"annotated ones close with {closing}{also} (data.closing_token changes that)"
 
 
-def _facts(config: Config, split: str, source: Path, template: PromptTemplate, tokenizer: Tokenizer) -> dict[str, Any]:
+def _facts(config: Config, split: Split, template: PromptTemplate, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that decides about the documents of a split."""
     return {
-        "split": split,
-        "source_sha256": sha256_file(source),
+        "split": split.name,
+        "source_sha256": source_digest(split.source),
+        "reading": {name: getattr(config.data, name) for name in _READING},
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "template_fingerprint": template.fingerprint,
         "closing_id": tokenizer.endings.closing,
@@ -116,10 +161,3 @@ def _is_current(folder: Path, split: str, facts: dict[str, Any]) -> bool:
         return False
     logger.info("%s: already tokenized, %d examples", split, len(documents[0]))
     return True
-
-
-def _warn_of_overlap(examples: dict[str, list[Example]]) -> None:
-    seen = {example.prompt for example in examples[TRAIN]}
-    shared = sum(example.prompt in seen for example in examples.get(HELD_OUT, []))
-    if shared:
-        logger.warning("%d held-out prompts are also training prompts; their evaluation is not held out", shared)

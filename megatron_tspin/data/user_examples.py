@@ -1,32 +1,28 @@
-"""The JSONL files of examples that people write: one reader for every command, and one set of errors."""
+"""The examples that people write: one reader for every command, and one set of errors.
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+Examples are read one at a time. All that is kept of those that went by is sixteen bytes of each id.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from megatron_tspin.config import CHAT_TEMPLATE, DataSection
 from megatron_tspin.data.annotated import Example
-from megatron_tspin.data.problems import Problems, listed
-from megatron_tspin.data.turns import first_turn, joined, last_user_turn, shown, text_of, without_earlier_turns
+from megatron_tspin.data.columns import Columns
+from megatron_tspin.data.problems import Names, Problems
+from megatron_tspin.data.repeats import Repeats
+from megatron_tspin.data.sources import MOST_LINE_BYTES, Row, read_rows
+from megatron_tspin.data.turns import Turn, answered_turns, asked_turns, joined
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
-from megatron_tspin.storage import parse_json
 
 Parsed = TypeVar("Parsed")
 
-_OTHER_ENCODINGS = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "compressed (gzip)",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-    b"[\n": "a JSON list",
-}
-MOST_LINE_BYTES = 4 * 2**20
-"""A line is refused by its size before it is parsed or tokenized, which takes hundreds of times the memory."""
+_AS_WRITTEN = DataSection(annotated="")  # its other settings have their defaults
+_TURN_NAMES = {"first": "the first turn", "last": "the last answered turn", "every": "the answered turns"}
 
 logger = get_logger(__name__)
 
@@ -40,183 +36,234 @@ class TokenIds:
     response_ids: list[int]
 
 
-def read_annotated(path: Path) -> list[Example]:
-    """Reads prompts with annotated responses.
+class Located(NamedTuple, Generic[Parsed]):
+    """What was read, and where."""
 
-    A line has `prompt` and `response`, or `messages` (of which the first turn is taken: the response is the first
-    assistant message; conversations that go on are counted in a warning). `id` is optional and defaults to the line
-    number. Blank lines are skipped.
-
-    Raises:
-        InputError: The file is missing or empty, or lines cannot be used; all of them in one message, as `file:line`.
-    """
-    needs = "`prompt` and `response`, or `messages`"
-    examples = _read(path, lambda record, identifier: _annotated(record, identifier, needs), needs)
-    _warn_of_cut_turns(path, examples)
-    return examples
+    place: str
+    """`file:line`, or `file: row number`."""
+    item: Parsed
+    row: int
+    """Number of the row from 1, over all files of the source; of JSON Lines that of the line."""
 
 
-def read_prompts(path: Path) -> list[Example]:
-    """Reads prompts to answer; a response is not needed.
+def iterate_annotated(
+    source: Path,
+    data: DataSection = _AS_WRITTEN,
+    keep: Callable[[Example], bool] = lambda example: True,
+    quiet: bool = False,
+) -> Iterator[Located[Example]]:
+    """Reads prompts with annotated responses, one at a time.
 
-    A line has `prompt`, or `messages`, of which the last user message is answered. A chat template reads all that comes
-    before it too; a plain one can say no more than the system messages, which `warn_of_lost_turns` tells.
-
-    Raises:
-        InputError: As for `read_annotated`.
-    """
-    return _read(path, _prompt, "`prompt`, or `messages`")
-
-
-def read_scored(path: Path, vocab_size: int) -> list[Example | TokenIds]:
-    """Reads responses to score: lines of annotated examples, or of `prompt_ids` and `response_ids`.
+    A row has `prompt` and `response`, or `messages`, of which `data.turns` says what the response is. Whatever is
+    called otherwise, `data` names. Ids are optional and default to the line's number; where every answer of a
+    conversation is an example of its own, `/1`, `/2` and so on follow the conversation's.
 
     Args:
-        path: The file.
-        vocab_size: Ids have to be below this.
+        source: See `sources.read_rows`.
+        data: Names columns and turns.
+        keep: Leaves out examples for which it is false; they are checked all the same.
+        quiet: Warn of nothing.
 
     Raises:
-        InputError: As for `read_annotated`, or ids are outside of the vocabulary.
+        InputError: After the last row: the source is empty, or rows cannot be used; all of them in one message, each
+            with its place. Nothing is yielded after the first such row.
     """
-    needs = "`prompt` and `response`, or `messages`, or `prompt_ids` and `response_ids`"
+    needs = _needs(data)
+    lost = _LostTurns(source, data)
+    parse = _parser(data, needs, lost if not quiet else None)
+    for located in _read(source, parse, needs):
+        if keep(located.item):
+            if not quiet:
+                lost.look_at(located.item)
+            yield located
+    if not quiet:
+        lost.warn()
 
-    def parse(record: dict[str, Any], identifier: str) -> Example | TokenIds:
+
+def read_annotated(source: Path, data: DataSection = _AS_WRITTEN) -> list[Example]:
+    """All that `iterate_annotated` reads, for small sources.
+
+    Raises:
+        InputError: As there.
+    """
+    return [located.item for located in iterate_annotated(source, data)]
+
+
+def first_annotated(source: Path, data: DataSection, count: int) -> list[Example]:
+    """The first examples, without a look at what comes after them.
+
+    Raises:
+        InputError: One of the rows before them cannot be used.
+    """
+    needs = _needs(data)
+    return list(islice(_hastily(source, _parser(data, needs, None)), count))
+
+
+def read_prompts(source: Path, data: DataSection = _AS_WRITTEN) -> list[Example]:
+    """Reads prompts to answer; a response is not needed, and one that is there is left out.
+
+    A row has `prompt`, or `messages`, of which the same turns are asked that `iterate_annotated` takes; a user message
+    at the end is a turn too.
+
+    Raises:
+        InputError: As for `iterate_annotated`.
+    """
+    needs = f"`{data.prompt_column}`, or `{data.messages_column or 'messages'}`"
+    columns, lost = Columns(data, needs), _LostTurns(source, data)
+
+    def parse(record: dict[str, Any], number: int) -> list[Example]:
+        identifier, messages = columns.identifier(record, number), columns.messages(record)
+        if messages is None:
+            prompt, history = columns.question(record)
+            return [Example(id=identifier, prompt=prompt, response="", messages=history, record=record)]
+        return _examples(identifier, record, asked_turns(messages, data.turns), data)
+
+    found = [located.item for located in _read(source, parse, needs)]
+    for example in found:
+        lost.look_at(example)
+    lost.warn()
+    return found
+
+
+def read_scored(source: Path, vocab_size: int, data: DataSection = _AS_WRITTEN) -> list[Example | TokenIds]:
+    """Reads responses to score: rows of annotated examples, or of `prompt_ids` and `response_ids`.
+
+    Args:
+        source: See `sources.read_rows`.
+        vocab_size: Ids have to be below this.
+        data: Names columns and turns.
+
+    Raises:
+        InputError: As for `iterate_annotated`, or ids are outside of the vocabulary.
+    """
+    needs = f"{_needs(data)}, or `prompt_ids` and `response_ids`"
+    columns, lost = Columns(data, needs), _LostTurns(source, data)
+    parse_text = _parser(data, needs, lost)
+
+    def parse(record: dict[str, Any], number: int) -> list[Example | TokenIds]:
         if "prompt_ids" not in record:
-            return _annotated(record, identifier, needs)
+            return [*parse_text(record, number)]
         prompt, response = (_ids(record, key, vocab_size) for key in ("prompt_ids", "response_ids"))
-        return TokenIds(identifier, prompt, response)
+        return [TokenIds(columns.identifier(record, number), prompt, response)]
 
-    found = _read(path, parse, needs)
-    _warn_of_cut_turns(path, [item for item in found if isinstance(item, Example)])
+    found = [located.item for located in _read(source, parse, needs)]
+    for item in found:
+        if isinstance(item, Example):
+            lost.look_at(item)
+    lost.warn()
     return found
 
 
-def warn_of_lost_turns(path: Path, examples: Sequence[Example]) -> None:
-    """Says of whose messages a template that knows no roles leaves earlier turns out."""
-    lost = [item.id for item in examples if item.messages and any(m["role"] == "assistant" for m in item.messages)]
-    if lost:
-        logger.warning(
-            "%s: the template knows no turns, so only the last user message of a conversation is answered, without "
-            "those before it, in %d of %d: %s; `--template chat` reads them all",
-            path,
-            len(lost),
-            len(examples),
-            listed(lost),
+def _needs(data: DataSection) -> str:
+    return f"`{data.prompt_column}` and `{data.response_column}`, or `{data.messages_column or 'messages'}`"
+
+
+def _parser(data: DataSection, needs: str, lost: "_LostTurns | None") -> Callable[[dict[str, Any], int], list[Example]]:
+    """Makes examples of a row's object and number."""
+    columns = Columns(data, needs)
+
+    def parse(record: dict[str, Any], number: int) -> list[Example]:
+        identifier, messages = columns.identifier(record, number), columns.messages(record)
+        if messages is None:
+            prompt, history = columns.question(record)
+            response = columns.response(record)
+            return [Example(id=identifier, prompt=prompt, response=response, messages=history, record=record)]
+        turns = answered_turns(messages, data.turns)
+        if lost is not None and turns[-1].last_message + 1 < len(messages):
+            lost.going_on.add(identifier)
+        return _examples(identifier, record, turns, data)
+
+    return parse
+
+
+def _examples(identifier: str, record: dict[str, Any], turns: list[Turn], data: DataSection) -> list[Example]:
+    return [
+        Example(
+            id=f"{identifier}/{number}" if data.turns == "every" else identifier,
+            prompt=joined(turn.history),
+            response=turn.response,
+            messages=turn.history,
+            record=record,
         )
+        for number, turn in enumerate(turns, start=1)
+    ]
 
 
-def line_numbers(path: Path) -> list[int]:
-    """The line (from 1) of each example of a file that was read, for error messages of later stages."""
-    return [number for number, _ in _lines(path)]
-
-
-def _read(path: Path, parse: Callable[[dict[str, Any], str], Parsed], needs: str) -> list[Parsed]:
-    """What `parse` makes of each line's object and id."""
-    problems = Problems()
-    found: list[Parsed] = []
-    first_line: dict[str, int] = {}
-    for number, raw in _lines(path):
+def _read(source: Path, parse: Callable[[dict[str, Any], int], list[Parsed]], needs: str) -> Iterator[Located[Parsed]]:
+    """What `parse` makes of each row's object and number; see `iterate_annotated`."""
+    problems, ids = Problems(), Repeats()
+    for row in read_rows(source):
         try:
-            record = _json_object(raw)
-            identifier = _identifier(record.get("id", number))
-            found.append(parse(record, identifier))
+            items = _parsed(row, parse)
         except InputError as error:
-            problems.add(f"{path}:{number}: {error}")
+            problems.add(f"{row.place}: {error}")
             continue
-        if identifier in first_line:
-            problems.add(f"{path}:{number}: id {identifier!r} is already used in line {first_line[identifier]}")
-        first_line.setdefault(identifier, number)
+        for item in items:
+            ids.add(_id_of(item), len(ids))
+            if not problems:
+                yield Located(row.place, item, row.number)
+    for message in _repeated_ids(source, parse, ids):
+        problems.add(message)
     problems.raise_if_any()
-    if not found:
-        raise InputError(f"{path}: no examples; expected a JSON object with {needs} on each line")
-    return found
+    if not len(ids):
+        raise InputError(f"{source}: no examples; expected a JSON object with {needs} on each line")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of the lines that are not blank; no more of one is read than may be used."""
-    if not path.is_file():
-        what = "is not a file, but must be one" if path.exists() else "no such file"
-        raise InputError(f"{path}: {what} of examples")
-    try:
-        with path.open("rb") as stream:
-            for number in count(1):
-                raw = stream.readline(MOST_LINE_BYTES + 1)
-                if not raw:
-                    return
-                if len(raw) > MOST_LINE_BYTES:
-                    raise InputError(
-                        f"{path}:{number}: more than {MOST_LINE_BYTES} bytes on one line, which is more than a million "
-                        "tokens; an example is one prompt and one response"
-                    )
-                if number == 1:
-                    _refuse_other_encodings(path, raw)
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
-                if raw.strip():
-                    yield number, raw
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+def _hastily(source: Path, parse: Callable[[dict[str, Any], int], list[Parsed]]) -> Iterator[Parsed]:
+    """Like `_read`, but the first row that cannot be used is an error at once, and ids are not compared."""
+    for row in read_rows(source):
+        try:
+            items = _parsed(row, parse)
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from error
+        yield from items
 
 
-def _refuse_other_encodings(path: Path, start: bytes) -> None:
-    found = next((name for mark, name in _OTHER_ENCODINGS.items() if start.startswith(mark)), None)
-    if found is not None:
-        raise InputError(f"{path}: is {found}, but must be plain JSON Lines in UTF-8")
+def _parsed(row: Row, parse: Callable[[dict[str, Any], int], list[Parsed]]) -> list[Parsed]:
+    items = parse(row.record(), row.number)
+    if not isinstance(row.raw, bytes):  # lines were measured before they were parsed
+        for item in items:
+            size = len(item.prompt) + len(item.response) if isinstance(item, Example) else 0
+            if size > MOST_LINE_BYTES:
+                raise InputError(f"{size} characters, which is more than a million tokens; split it")
+    return items
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
-        value = parse_json(raw.decode("utf-8"), _refuse_constant)
-        if b"\\ud" in raw.lower():  # an escaped half of a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not valid UTF-8 at byte {error.start}") from error
-    except UnicodeEncodeError as error:
-        raise InputError("holds half of a surrogate pair (an escape such as \\ud800), which is no character") from error
-    except json.JSONDecodeError as error:
-        if not raw.endswith(b"\n"):
-            raise InputError(
-                f"not valid JSON, and the file ends here without a line break: it seems to be cut off ({error.msg})"
-            ) from error
-        raise InputError(f"not valid JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:
-        raise InputError(f"not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"expected a JSON object, found {type(value).__name__}")
-    return value
+def _repeated_ids(source: Path, parse: Callable[[dict[str, Any], int], list[Parsed]], ids: Repeats) -> Iterator[str]:
+    """A message for each id that was used before; reads the source again if there is one."""
+    groups = ids.groups()
+    if not groups:
+        return
+    wanted = {number for group in groups for number in group}
+    found: dict[int, tuple[str, str]] = {}
+    number = 0
+    for row in read_rows(source):
+        try:
+            items = _parsed(row, parse)
+        except InputError:
+            continue
+        for item in items:
+            if number in wanted:
+                found[number] = (row.place, _id_of(item))
+            number += 1
+    for first, *others in groups:
+        where, identifier = found[first]
+        for place, again in (found[other] for other in others):
+            if again == identifier:
+                yield f"{place}: id {identifier!r} is already used in {_in_same_file(where, place)}"
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def _in_same_file(where: str, place: str) -> str:
+    """`line 3` of `file:3`, if the other place is in the same file."""
+    file, _, line = where.rpartition(":")
+    if file != place.rpartition(":")[0]:
+        return where
+    return line.strip() if line.startswith(" ") else f"line {line}"
 
 
-def _identifier(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise InputError(f"`id` must be a non-empty text or a whole number, found {shown(value)}")
-    return str(value)
-
-
-def _annotated(record: dict[str, Any], identifier: str, needs: str) -> Example:
-    if "messages" not in record:
-        prompt, response = (text_of(record, key, hint=f"; a line needs {needs}") for key in ("prompt", "response"))
-        return Example(id=identifier, prompt=prompt, response=response, record=record)
-    _refuse_both(record)
-    messages, response = first_turn(record["messages"])
-    return Example(id=identifier, prompt=joined(messages), response=response, messages=messages, record=record)
-
-
-def _prompt(record: dict[str, Any], identifier: str) -> Example:
-    if "messages" not in record:
-        prompt = text_of(record, "prompt", hint="; a line needs `prompt`, or `messages`")
-        return Example(id=identifier, prompt=prompt, response="", record=record)
-    _refuse_both(record)
-    messages = last_user_turn(record["messages"])
-    prompt = joined(without_earlier_turns(messages))
-    return Example(id=identifier, prompt=prompt, response="", messages=messages, record=record)
-
-
-def _refuse_both(record: dict[str, Any]) -> None:
-    if "response" in record:
-        raise InputError("has both `response` and `messages`; keep one of them")
+def _id_of(item: Any) -> str:
+    identifier: str = item.id
+    return identifier
 
 
 def _ids(record: dict[str, Any], key: str, vocab_size: int) -> list[int]:
@@ -228,14 +275,42 @@ def _ids(record: dict[str, Any], key: str, vocab_size: int) -> list[int]:
     return tokens
 
 
-def _warn_of_cut_turns(path: Path, examples: Sequence[Example]) -> None:
-    """Says whose messages go on after the first answer."""
-    cut = [item.id for item in examples if item.messages and len(item.record["messages"]) > len(item.messages) + 1]
-    if cut:
-        logger.warning(
-            "%s: only the first turn of a conversation is used; %d of %d go on after it: %s",
-            path,
-            len(cut),
-            len(examples),
-            listed(cut),
-        )
+class _LostTurns:
+    """Notes the conversations of which something is not used as it was said, for one warning each."""
+
+    def __init__(self, source: Path, data: DataSection) -> None:
+        self.going_on = Names()
+        """Ids of conversations that go on after the turns that are used."""
+        self._source = source
+        self._data = data
+        self._roleless = Names()
+        self._examples = 0
+
+    def look_at(self, example: Example) -> None:
+        """Notes an example whose prompt holds answers, under a template that cannot say who spoke."""
+        self._examples += 1
+        if self._data.template == CHAT_TEMPLATE:
+            return
+        if any(message["role"] == "assistant" for message in example.messages or ()):
+            self._roleless.add(example.id)
+
+    def warn(self) -> None:
+        """Says what was noted."""
+        if self.going_on.count:
+            logger.warning(
+                "%s: only %s of a conversation is used (--turns); %d of %d go on after it: %s",
+                self._source,
+                _TURN_NAMES[self._data.turns],
+                self.going_on.count,
+                self._examples,
+                self.going_on,
+            )
+        if self._roleless.count:
+            logger.warning(
+                "%s: the template knows no turns, so earlier ones stand before the prompt without a word of who spoke, "
+                "in %d of %d: %s; `--template chat` tells, `--turns first` leaves them out",
+                self._source,
+                self._roleless.count,
+                self._examples,
+                self._roleless,
+            )

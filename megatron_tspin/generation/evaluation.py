@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_tspin.config import Config
 from megatron_tspin.data.annotated import Example, read_examples
-from megatron_tspin.data.encoding import Encoder
+from megatron_tspin.data.encoding import EncodedExamples, Encoder
 from megatron_tspin.data.indexed import open_documents
-from megatron_tspin.data.user_examples import read_annotated
+from megatron_tspin.data.splits import Split
 from megatron_tspin.generation.player import Player
 from megatron_tspin.generation.scorer import Scorer, load_scorer, score_answer, scorer_digest
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
@@ -47,14 +47,16 @@ def of_run(data: Path) -> HeldOut:
     return HeldOut(read_examples(examples_path(data, HELD_OUT)), *whole)
 
 
-def of_file(config: Config, path: Path, player: Player) -> HeldOut:
-    """The held-out examples of a user's file, encoded as `tspin tokenize` does.
+def of_split(config: Config, split: Split, player: Player) -> HeldOut:
+    """Held-out examples as the user has them, encoded as `tspin tokenize` does.
 
     Raises:
         InputError: Lines cannot be used, or do not fit; see `data.encoding.Encoder`.
     """
     encoder = Encoder(config, player.template, player.tokenizer.endings.stops)
-    encoded = encoder.encode(path, HELD_OUT, read_annotated(path))
+    encoded = EncodedExamples()
+    for batch in encoder.encode(split.source, HELD_OUT, split()):
+        encoded.extend(batch)
     return HeldOut(encoded.examples, encoded.prompts, encoded.responses)
 
 

@@ -8,21 +8,30 @@ from statistics import fmean
 from typing import Any
 
 from megatron_tspin.checkpoint.policies import policy_checkpoint
-from megatron_tspin.config import CHAT_TEMPLATE, Config
-from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.config import Config
+from megatron_tspin.data.annotated import read_ids
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.role_documents import binding_facts
+from megatron_tspin.data.splits import splits_of
 from megatron_tspin.data.tokenizer import Tokenizer
-from megatron_tspin.data.user_examples import read_prompts, warn_of_lost_turns
+from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
-from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_file, of_run
+from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_run, of_split
 from megatron_tspin.generation.player import Player, load_player
 from megatron_tspin.generation.shards import Prompt, read_shards, remove_shards
 from megatron_tspin.log import get_logger
 from megatron_tspin.objective.roles import stored_roles
 from megatron_tspin.parallel import Topology, distributed, on_first_rank, refuse_stale_facts, wait_for_all_ranks
 from megatron_tspin.records import Response, RolloutSummary
-from megatron_tspin.run_folder import TRAIN, RunFolder, document_stem, examples_path, held_out_answers, shard_summary
+from megatron_tspin.run_folder import (
+    HELD_OUT,
+    TRAIN,
+    RunFolder,
+    document_stem,
+    examples_path,
+    held_out_answers,
+    shard_summary,
+)
 from megatron_tspin.storage import read_json, refuse_existing, write_json, write_text
 
 _log = get_logger(__name__)
@@ -50,7 +59,7 @@ def rollout_run(config: Config, iteration: int) -> None:
     (y'), and as the initial policy answers them once more for the proto responses (y0).
     """
     folder = RunFolder(Path(config.run_dir))
-    evaluates = config.data.held_out is not None
+    evaluates = config.data.has_held_out
     last = iteration >= config.self_play.iterations
     wanted = () if last else stored_roles(config.objective.method)
     if not evaluates and "synthetic" not in wanted:
@@ -70,7 +79,7 @@ def _answer_training_prompts(
 ) -> None:
     """Generates a role's responses and writes them as documents and a summary."""
     prompts = open_documents(document_stem(folder.data, TRAIN, "prompt"))
-    ids = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
+    ids = read_ids(examples_path(folder.data, TRAIN))
     wanted = [Prompt(identifier, prompts[index]) for index, identifier in enumerate(ids)]
     request = player.answer(wanted, purpose, shards)
 
@@ -137,7 +146,7 @@ def evaluate_file(config: Config, load: Path, iteration: int, output: Path, over
     """Evaluates a checkpoint on held-out examples.
 
     Args:
-        config: The examples (`data.held_out`), how they become ids, how answers are decoded, and the scorer.
+        config: The held-out examples, how they become ids, how answers are decoded, and the scorer.
         load: The checkpoint.
         iteration: Number to report it under; also part of the key of the sampled answers.
         output: JSON file (`records.Evaluation`); the answers go into a folder of the same name.
@@ -146,13 +155,13 @@ def evaluate_file(config: Config, load: Path, iteration: int, output: Path, over
     Raises:
         InputError: There are no examples, or results are there and not to be replaced.
     """
-    source = config.data.held_out
-    if source is None:
+    split = splits_of(config.data).get(HELD_OUT)
+    if split is None:
         raise InputError("nothing to evaluate on: set data.held_out (--held-out)")
     with distributed(config.generation_layout(), config.seed) as topology:
         on_first_rank(lambda: _make_way(output, overwrite), topology)
         player = _load(config, topology, load, iteration)
-        _evaluate(config, player, iteration, of_file(config, Path(source), player), output)
+        _evaluate(config, player, iteration, of_split(config, split, player), output)
 
 
 def _make_way(output: Path, overwrite: bool) -> None:
@@ -170,14 +179,12 @@ def generate_file(
     Args:
         config: Template, tokenizer, decoding and layout.
         load: The checkpoint that answers.
-        prompts: Lines with `prompt`, or `messages`, of which the last user message is answered.
+        prompts: See `user_examples.read_prompts`.
         output: Folder for the shards.
         iteration: Part of the key of the randomness.
         overwrite: Remove the shards of other answers instead of refusing to mix them.
     """
-    examples = read_prompts(prompts)
-    if config.data.template != CHAT_TEMPLATE:
-        warn_of_lost_turns(prompts, examples)
+    examples = read_prompts(prompts, config.data)
     with _player(config, load, iteration) as player:
         if overwrite:
             on_first_rank(lambda: remove_shards(output), player.topology)

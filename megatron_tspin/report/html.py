@@ -145,9 +145,9 @@ def notes(run: RunData) -> list[str]:
     restarted = [item.index for item in run.iterations if not item.steps]
     if restarted:
         found.append(f"No optimizer step is recorded yet in iteration {', '.join(map(str, restarted))}.")
-    if not run.config.evaluation.scorer and run.config.data.held_out:
+    if not run.config.evaluation.scorer and run.config.data.has_held_out:
         found.append("No scorer is set (evaluation.scorer), so there is no accuracy, only likelihoods and lengths.")
-    if not run.config.data.held_out:
+    if not run.config.data.has_held_out:
         found.append("No held-out examples are set (data.held_out), so nothing here was measured on unseen prompts.")
     return found
 

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.data.sources import count_rows
 from megatron_tspin.data.steps import steps_per_iteration
-from megatron_tspin.data.user_examples import line_numbers
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import get_logger
 from megatron_tspin.selfplay.weights import count_parameters
@@ -44,7 +44,7 @@ def likely_bytes(config: Config, parameters: int, num_examples: int) -> int:
 def _kept(config: Config, trained: int) -> int:
     """Trained policies that are on the disk when there have been `trained` of them."""
     keep = config.self_play.keep_policies
-    best = 1 if config.data.held_out is not None else 0
+    best = 1 if config.data.has_held_out else 0
     return min(trained, keep + best) if keep else trained
 
 
@@ -69,7 +69,7 @@ def check_disk_space(config: Config) -> None:
     run_dir = Path(config.run_dir)
     try:
         parameters = count_parameters(Path(config.model.hf_checkpoint))
-        num_examples = len(line_numbers(Path(config.data.annotated)))
+        num_examples = count_rows(Path(config.data.annotated))
     except InputError:
         return  # reported with the model and the examples
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())

@@ -1,10 +1,12 @@
-"""The stages of a run, in order: what each one runs, reads and writes. Pure: no file is touched."""
+"""The stages of a run, in order: what each one runs, reads and writes. No file is opened."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.data.sources import example_files
+from megatron_tspin.errors import InputError
 from megatron_tspin.objective.roles import has_reference, stored_roles
 from megatron_tspin.run_folder import HELD_OUT, TRAIN, RunFolder, document_stem, examples_path, file_of
 
@@ -69,12 +71,21 @@ def _synthetic(folder: RunFolder, iteration: int) -> Path:
     return file_of(document_stem(folder.iteration(iteration), TRAIN, "synthetic"), "json")
 
 
+def _files(source: str) -> list[Path]:
+    """The files of a source of examples; what cannot be found stands for itself, and preflight tells."""
+    try:
+        return example_files(Path(source))
+    except InputError:
+        return [Path(source)]
+
+
 def _tokenize(config: Config) -> Stage:
     folder = _folder(config)
-    inputs = [Path(config.data.annotated), Path(config.model.tokenizer or config.model.hf_checkpoint)]
+    inputs = [*_files(config.data.annotated), Path(config.model.tokenizer or config.model.hf_checkpoint)]
     outputs = [examples_path(folder.data, TRAIN), *_documents(folder, "train_prompt", "train_annotated")]
     if config.data.held_out is not None:
-        inputs.append(Path(config.data.held_out))
+        inputs += _files(config.data.held_out)
+    if config.data.has_held_out:
         outputs += [examples_path(folder.data, HELD_OUT), *_documents(folder, "held_out_prompt", "held_out_annotated")]
     return Stage("tokenize", _arguments(config, "tokenize"), 1, tuple(inputs), tuple(outputs))
 
@@ -93,7 +104,7 @@ def _rollout(config: Config, iteration: int) -> Stage:
     folder, roles = _folder(config), stored_roles(config.objective.method)
     inputs = [policy_folder(folder, iteration), *_documents(folder, "train_prompt")]
     outputs: list[Path] = []
-    if config.data.held_out is not None:
+    if config.data.has_held_out:
         inputs += [examples_path(folder.data, HELD_OUT), *_documents(folder, "held_out_prompt", "held_out_annotated")]
         inputs += scorer_file(config)
         outputs.append(folder.evaluation(iteration))
@@ -147,7 +158,7 @@ def _report(config: Config) -> Stage:
     inputs = [folder.metrics(iteration) for iteration in range(last)]
     if config.precision.rescores:
         inputs += [folder.precision(iteration) for iteration in range(last)]
-    if config.data.held_out is not None:
+    if config.data.has_held_out:
         inputs += [folder.evaluation(iteration) for iteration in range(last + 1)]
     return Stage("report", ("report", str(folder.root)), 1, tuple(inputs), (folder.report,), disposable=True)
 

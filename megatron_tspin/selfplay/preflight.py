@@ -3,17 +3,19 @@
 import ast
 import importlib.util
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tspin.config import CHAT_TEMPLATE, Config
+from megatron_tspin.data.splits import Split, splits_of
 from megatron_tspin.data.tokenizer_loading import largest_token_id, refuse_added_tokens, tokenizer_file
-from megatron_tspin.data.user_examples import read_annotated
 from megatron_tspin.errors import InputError
 from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.packing import row_packing
 from megatron_tspin.objective.roles import stored_roles
+from megatron_tspin.run_folder import HELD_OUT, TRAIN
 from megatron_tspin.selfplay.disk_space import check_disk_space
 from megatron_tspin.selfplay.plan import scorer_file
 from megatron_tspin.selfplay.weights import check_weights
@@ -69,12 +71,18 @@ def _check_run_dir(config: Config) -> None:
 
 
 def _check_examples(config: Config) -> None:
-    read_annotated(Path(config.data.annotated))
+    _read_through(splits_of(config.data)[TRAIN])
 
 
 def _check_held_out(config: Config) -> None:
-    if config.data.held_out is not None:
-        read_annotated(Path(config.data.held_out))
+    split = splits_of(config.data).get(HELD_OUT)
+    if split is not None:
+        _read_through(split)
+
+
+def _read_through(split: Split) -> None:
+    """Checks every example, keeping none."""
+    deque(split(), maxlen=0)
 
 
 def _check_model(config: Config) -> None:

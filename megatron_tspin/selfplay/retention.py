@@ -45,7 +45,7 @@ def superfluous_policies(config: Config, latest: int) -> list[int]:
     """Trained policies up to `latest` that are neither among the last ones nor the best one."""
     keep = config.self_play.keep_policies
     older = range(1, latest - keep + 1) if keep else range(0)
-    if not older or config.data.held_out is None:
+    if not older or not config.data.has_held_out:
         return list(older)
     folder = RunFolder(Path(config.run_dir))
     qualities = {policy: _quality(folder.evaluation(policy)) for policy in range(1, latest + 1)}

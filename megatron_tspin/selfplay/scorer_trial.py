@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 
 from megatron_tspin.config import Config
+from megatron_tspin.data.splits import splits_of
 from megatron_tspin.errors import InputError
+from megatron_tspin.run_folder import HELD_OUT
 from megatron_tspin.selfplay.launch import environment_without_launchers
 
 _LOADING_SECONDS = 120.0
@@ -29,13 +31,15 @@ def try_scorer(config: Config) -> None:
     Raises:
         InputError: It cannot be loaded, failed, took too long, or returned something else than a number from 0 to 1.
     """
-    scorer, held_out = config.evaluation.scorer, config.data.held_out
-    if scorer is None or held_out is None:
+    scorer, split = config.evaluation.scorer, splits_of(config.data).get(HELD_OUT)
+    if scorer is None or split is None:
         return
+    first = next(split(quiet=True)).item
     seconds = config.evaluation.scorer_seconds
     with tempfile.TemporaryDirectory() as folder:
-        answer, said = Path(folder) / "answer.json", Path(folder) / "said.txt"
-        command = [sys.executable, "-m", "megatron_tspin.generation.scorer_trial", scorer, held_out, str(seconds)]
+        example, answer, said = (Path(folder) / name for name in ("example.json", "answer.json", "said.txt"))
+        example.write_text(first.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "megatron_tspin.generation.scorer_trial", scorer, str(example), str(seconds)]
         code = _run([*command, str(answer)], said, _LOADING_SECONDS + seconds)
         if code is None:
             raise InputError(

@@ -19,7 +19,7 @@ def read_scoring_input(config: Config, data: Path, vocab_size: int) -> tuple[lis
     Raises:
         InputError: A line has neither form, or an id outside the vocabulary; all such lines in one message.
     """
-    found = read_scored(data, vocab_size)
+    found = read_scored(data, vocab_size, config.data)
     texts = [item for item in found if isinstance(item, Example)]
     encoded = iter(_encode(config, texts))
     pairs = [(item.prompt_ids, item.response_ids) if isinstance(item, TokenIds) else next(encoded) for item in found]

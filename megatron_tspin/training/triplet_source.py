@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_tspin.config import Config
-from megatron_tspin.data.annotated import read_examples
+from megatron_tspin.data.annotated import read_ids
 from megatron_tspin.data.batch_order import GlobalBatchSampler, sample_examples
 from megatron_tspin.data.role_documents import PROMPT, open_role_documents
 from megatron_tspin.data.steps import steps_per_iteration
@@ -36,7 +36,7 @@ class TripletSource:
         self._documents = open_role_documents(document_stem(folder.data, TRAIN, "prompt"), stems)
         self._sidecars = {role: file_of(stem, "json") for role, stem in stems.items()}
         self._roles = roles
-        self.ids: list[str] = [example.id for example in read_examples(examples_path(folder.data, TRAIN))]
+        self.ids: list[str] = read_ids(examples_path(folder.data, TRAIN))
         """The examples' ids, in document order."""
         batch_size = config.training.global_batch_size
         count = self._documents.num_examples

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_tspin.data import indexed
 from megatron_tspin.data.indexed import open_documents, read_sidecar, write_documents
 from megatron_tspin.errors import ArtifactError, InputError
 from megatron_tspin.run_folder import file_of
@@ -103,9 +104,20 @@ def test_data_sets_without_a_token_are_refused(tmp_path: Path, documents: list[l
         write_documents(tmp_path / "x", documents, 100, {})
 
 
-def test_a_writer_that_fails_leaves_no_sidecar_that_vouches_for_old_files(stem: Path) -> None:
+def test_a_writer_that_fails_leaves_the_old_files_as_they_were(stem: Path) -> None:
+    before = {path.name: path.read_bytes() for path in stem.parent.iterdir()}
     with pytest.raises(InputError):
         write_documents(stem, [[1], [100]], 100, {})
+    assert {path.name: path.read_bytes() for path in stem.parent.iterdir()} == before
+    assert list(open_documents(stem)) == DOCUMENTS
+
+
+def test_a_writer_that_ends_between_two_files_leaves_no_sidecar_that_vouches(
+    stem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_index_bytes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_documents(stem, [[1], [2]], 100, {})
     with pytest.raises(ArtifactError, match="no such sidecar"):
         open_documents(stem)
 

@@ -135,7 +135,7 @@ def test_prompts_without_room_are_refused_in_one_report(config_of: ConfigOf) -> 
     assert first.startswith(f"{source}:1: id '1': the prompt has {len(short)} tokens, with --tspin-max-new-tokens 4")
     assert second.startswith(f"{source}:3: id 'long': the prompt has {len(long)} tokens")
     assert f"raise --seq-length to {len(long) + 4} " in remedy
-    assert not RunFolder(Path(config.run_dir)).data.exists()
+    assert not list(RunFolder(Path(config.run_dir)).data.iterdir())
     tokenize_run(config_of([line("x" * 40), line("y" * 50)], seq_length=len(long) + 4, template="{prompt}"))
 
 
@@ -143,7 +143,7 @@ def test_an_error_in_the_held_out_file_leaves_nothing_behind(config_of: ConfigOf
     config = config_of(TRAIN, [line("x" * 400)], seq_length=32, template="{prompt}")
     with pytest.raises(InputError, match=r"held_out\.jsonl:1: "):
         tokenize_run(config)
-    assert not RunFolder(Path(config.run_dir)).data.exists()
+    assert not list(RunFolder(Path(config.run_dir)).data.iterdir())
 
 
 def test_a_prompt_without_tokens_is_refused(

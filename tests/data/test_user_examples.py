@@ -1,5 +1,6 @@
 """What people write is read alike by every command: lines, ids, errors, and which part of a conversation counts."""
 
+import bz2
 import gzip
 import json
 import logging
@@ -15,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_tspin
+from megatron_tspin.config import DataSection
 from megatron_tspin.data.annotated import Example, read_examples, write_examples
+from megatron_tspin.data.sources import MOST_LINE_BYTES, count_rows
 from megatron_tspin.data.user_examples import (
-    MOST_LINE_BYTES,
     TokenIds,
-    line_numbers,
+    iterate_annotated,
     read_annotated,
     read_prompts,
     read_scored,
@@ -47,7 +49,11 @@ def test_prompt_and_response_lines_default_to_the_line_number_as_id(tmp_path: Pa
     assert (first.id, first.prompt, first.response, first.messages) == ("1", "p", "r", None)
     assert second.id == "7"
     assert second.record == {"id": 7, "prompt": "{x}", "response": "r", "gold": [1, None]}
-    assert line_numbers(path) == [1, 3]
+    assert [located.place for located in iterate_annotated(path)] == [f"{path}:1", f"{path}:3"]
+    assert count_rows(path) == 2
+
+
+FIRST = DataSection(annotated="", turns="first")
 
 
 def test_messages_give_the_first_turn_and_the_system_text_goes_first(tmp_path: Path) -> None:
@@ -60,7 +66,7 @@ def test_messages_give_the_first_turn_and_the_system_text_goes_first(tmp_path: P
     ]
     # UltraChat repeats the prompt beside the messages.
     line = json.dumps({"messages": messages, "prompt": "Hi?"}).encode()
-    (example,) = read_annotated(write(tmp_path / "a.jsonl", line))
+    (example,) = read_annotated(write(tmp_path / "a.jsonl", line), FIRST)
     assert example.prompt == "Be brief.\n\nHi?"
     assert example.response == "Hello."
     assert example.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
@@ -167,8 +173,8 @@ TALK = [
 def test_the_last_user_message_is_answered_with_all_before_it(tmp_path: Path, length: int, prompt_length: int) -> None:
     (found,) = read_prompts(write(tmp_path / "a.jsonl", json.dumps({"messages": TALK[:length]}).encode()))
     assert found.messages == TALK[:prompt_length]
-    # A template that knows no roles has the system message and the last user message.
-    assert found.prompt == f"{TALK[0]['content']}\n\n{TALK[prompt_length - 1]['content']}"
+    # For a template that knows no roles.
+    assert found.prompt == "\n\n".join(message["content"] for message in TALK[:prompt_length])
 
 
 def test_a_system_message_alone_asks_nothing(tmp_path: Path) -> None:
@@ -182,17 +188,62 @@ def test_plain_prompts_need_no_response(tmp_path: Path) -> None:
     assert found[0].record == {"prompt": "x", "extra": [1]}
 
 
+READERS_OF_DATA: dict[str, Callable[[Path, DataSection], list[Any]]] = {
+    "annotated": read_annotated,
+    "prompts": read_prompts,
+    "scored": lambda path, data: read_scored(path, 100, data),
+}
+EXPECTED = {
+    "first": [("a", 2, "4"), ("b", 2, "4")],
+    "last": [("a", 2, "4"), ("b", 4, "Yes")],
+    "every": [("a/1", 2, "4"), ("b/1", 2, "4"), ("b/2", 4, "Yes")],
+}
+
+
+@pytest.mark.parametrize("name", READERS_OF_DATA)
+@pytest.mark.parametrize("turns", EXPECTED)
+def test_every_command_takes_the_same_turns(tmp_path: Path, name: str, turns: Any) -> None:
+    lines = [{"id": "a", "messages": TALK[:3]}, {"id": "b", "messages": TALK}]
+    path = write(tmp_path / "a.jsonl", *(json.dumps(line).encode() for line in lines))
+    found = READERS_OF_DATA[name](path, DataSection(annotated="", turns=turns))
+    responses = {"prompts": lambda text: ""}.get(name, str)
+    assert [(each.id, each.messages, each.response) for each in found] == [
+        (identifier, TALK[:length], responses(text)) for identifier, length, text in EXPECTED[turns]
+    ]
+    assert all(each.record in lines for each in found)
+
+
+@pytest.mark.parametrize("turns", ["last", "every"])
+def test_a_greeting_is_history_and_no_answer(tmp_path: Path, turns: Any) -> None:
+    talk = [{"role": "assistant", "content": "Welcome."}, *TALK[1:3]]
+    path = write(tmp_path / "a.jsonl", json.dumps({"messages": talk}).encode())
+    (found,) = read_annotated(path, DataSection(annotated="", turns=turns))
+    assert (found.messages, found.response) == (talk[:2], "4")
+
+
 @pytest.mark.parametrize("name", ["annotated", "scored"])
 def test_turns_that_are_left_out_are_counted(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     lines = [{"id": str(length), "messages": TALK[:length]} for length in (3, 4, 5)]
     path = write(tmp_path / "a.jsonl", GOOD, *(json.dumps(line).encode() for line in lines))
     with caplog.at_level(logging.WARNING):
-        found = READERS[name](path)
+        found = READERS_OF_DATA[name](path, FIRST)
     assert [each.response for each in found] == ["r", "4", "4", "4"]
-    assert f"{path}: only the first turn of a conversation is used; 2 of 4 go on after it: 4, 5" in caplog.text
+    assert (
+        f"{path}: only the first turn of a conversation is used (--turns); 2 of 4 go on after it: 4, 5" in caplog.text
+    )
     caplog.clear()
-    READERS[name](write(path, GOOD, json.dumps(lines[0]).encode()))
+    READERS_OF_DATA[name](write(path, GOOD, json.dumps(lines[0]).encode()), FIRST)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", READERS_OF_DATA)
+def test_a_template_without_roles_is_warned_of(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD, json.dumps({"id": "x", "messages": TALK}).encode())
+    with caplog.at_level(logging.WARNING):
+        READERS_OF_DATA[name](path, DataSection(annotated="", template="chat"))
+        assert not caplog.records
+        READERS_OF_DATA[name](path, DataSection(annotated=""))
+    assert "the template knows no turns" in caplog.text and "in 1 of 2: x;" in caplog.text
 
 
 def test_ids_and_text_to_score_in_one_file(tmp_path: Path) -> None:
@@ -240,15 +291,16 @@ def test_the_driver_imports_neither_torch_nor_transformers() -> None:
             b'{"prompt": "x", "response": "y"}\n{"prompt": "x", "resp',
             ":2: not valid JSON, and the file ends here without",
         ),
-        ('{"prompt": "x"}\n'.encode("utf-16"), ": is UTF-16, but must be plain JSON Lines in UTF-8"),
-        (gzip.compress(b"{}"), ": is compressed (gzip), but must be"),
+        ('{"prompt": "x"}\n'.encode("utf-16"), ": is UTF-16, but must be JSON Lines in UTF-8"),
+        (gzip.compress(gzip.compress(b"{}")), ": is compressed twice (gzip), but must be"),
+        (bz2.compress(b"{}"), ": is compressed (bzip2), but must be"),
         (b"[\n{}\n]\n", ": is a JSON list, but must be"),
         (
             b'{"prompt": "x", "response": "y", "prompt": "z"}\n',
             ":1: not valid JSON: the key `prompt` stands in one object",
         ),
     ],
-    ids=["long", "torn", "utf-16", "gzip", "list", "twice"],
+    ids=["long", "torn", "utf-16", "gzip", "bzip2", "list", "twice"],
 )
 def test_files_that_are_something_else(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
@@ -268,4 +320,4 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{path}: {message}"):
             read_annotated(path)
         with pytest.raises(InputError, match=f"{path}: {message}"):
-            line_numbers(path)
+            count_rows(path)
