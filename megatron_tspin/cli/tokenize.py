@@ -24,6 +24,9 @@ examples
   tspin tokenize --config run.yaml --preview 3"""
 
 
+_COLOURS = {"prompt": "cyan", "response": "green"}
+
+
 def add_parser(subparsers: "Subparsers") -> None:
     """Adds the command."""
     parser = command_parser(subparsers, "tokenize", "annotated examples to token documents", _DESCRIPTION)
@@ -45,14 +48,22 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _in_brackets(text: str) -> str:
+    """A special token, visible also where there are no colours."""
+    return f"\u27e6{text}\u27e7"
+
+
 def _show(config: Config, count: int) -> None:
-    """Prints prompts and responses as token texts with their ids below; special tokens are reversed."""
+    """Prints prompts and responses as token texts, each with its id: a colour a part, special tokens in brackets."""
     from rich.console import Console
     from rich.text import Text
 
     from megatron_tspin.data.preview import preview
 
     console = Console(highlight=False)
+    legend = Text("tokens with their ids: ").append("prompt", style=_COLOURS["prompt"]).append(", ")
+    legend.append("response", style=_COLOURS["response"]).append(", ")
+    console.print(legend.append(_in_brackets("special token"), style="reverse"))
     for identifier, tokens in preview(config, count):
         console.print(Text(f"example {identifier}", style="bold"))
         for part in ("prompt", "response"):
@@ -60,7 +71,10 @@ def _show(config: Config, count: int) -> None:
             console.print(Text(f"  {part}, {len(chosen)} tokens"))
             line = Text("    ")
             for token in chosen:
-                line.append(repr(token.text)[1:-1], style="reverse" if token.special else "underline")
+                shown, style = repr(token.text)[1:-1], f"{_COLOURS[part]} underline"
+                if token.special:
+                    shown, style = _in_brackets(shown), f"{_COLOURS[part]} reverse"
+                line.append(shown, style=style)
                 line.append(f" {token.id}  ", style="dim")
             console.print(line)
         closing = tokens[-1]

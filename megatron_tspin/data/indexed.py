@@ -235,6 +235,17 @@ def open_documents(path_stem: Path) -> Documents:
     return Documents(path_stem, sidecar, lengths, ids)
 
 
+def read_lengths(path_stem: Path) -> NDArray[np.int64]:
+    """Tokens of each document, int64 [documents], from the index alone; the tokens themselves are not looked at.
+
+    Raises:
+        ArtifactError: Sidecar or index are missing, torn or contradict each other.
+    """
+    sidecar, path = read_sidecar(path_stem), file_of(path_stem, "idx")
+    _check_sizes({path: sidecar.idx_bytes})
+    return _parse_index(path.read_bytes(), path, sidecar)
+
+
 def read_sidecar(path_stem: Path) -> Sidecar:
     """Reads the sidecar alone, which exists only if both binary files were written whole.
 

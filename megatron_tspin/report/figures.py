@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from megatron_tspin.report import style
 from megatron_tspin.report.headline import duration
 from megatron_tspin.report.iteration_figures import accuracy_figure, alignment_figure, length_figure
+from megatron_tspin.report.length_histograms import histogram_figure
 from megatron_tspin.report.run_data import RunData
 from megatron_tspin.report.step_figures import log_prob_figure, margin_figure
 from megatron_tspin.report.style import Figure
@@ -20,6 +21,7 @@ def all_figures(run: RunData, others: Sequence[RunData] = ()) -> list[Figure]:
         alignment_figure(run, others),
         margin_figure(run),
         length_figure(run),
+        histogram_figure(run),
         time_figure(run),
     )
     return [figure for figure in made if figure is not None]
