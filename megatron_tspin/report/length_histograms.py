@@ -42,9 +42,9 @@ def histogram_figure(run: RunData) -> Figure | None:
     return Figure(
         "length-histograms",
         "Lengths of prompts and responses",
-        f"Share of documents by their number of tokens, what closes a response included; the longest has {longest}, "
-        f"and prompt and response together may have {run.config.data.seq_length} (--seq-length). y' is that of the last "
-        "iteration with answers; a peak at its right end are answers that were cut off.",
+        f"Share of documents by tokens, what closes a response included; the longest has {longest}, "
+        f"and prompt and response together may have {run.config.data.seq_length} (--seq-length). y' is that of the "
+        "last iteration with answers; a peak at its right end are answers that were cut off.",
         style.finish(figure, 340),
     )
 
