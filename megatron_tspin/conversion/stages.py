@@ -133,6 +133,7 @@ def _convert(
     on_first_rank(lambda: check_reading(architecture), topology)
     model: PolicyModel = build_policy(architecture, parallel, TrainingSection(), PrecisionSection(), topology)
     load_hf(model, topology)
+    model.eval()  # in training, megatron-core refuses experts at TP without a split sequence
     card = None
     if gate is not None:
         found = check_parity(model, topology, source, gate.sentences, gate.bound)

@@ -165,11 +165,16 @@ class Architecture:
         kinds = {rope.settings["rope_type"] for rope in self.ropes}
         return "original_max_position_embeddings" if "longrope" in kinds else "max_position_embeddings"
 
-    def check_layout(self, parallel: ParallelSection) -> None:
+    def check_layout(self, parallel: ParallelSection, training: bool = False) -> None:
         """Refuses a layout that does not fit the network.
 
+        Args:
+            parallel: The layout.
+            training: Of a policy in training mode, where megatron-core wants experts' tokens split over TP.
+
         Raises:
-            InputError: TP does not divide the heads, the KV heads or the MLP, or PP the layers; all in one message.
+            InputError: TP does not divide the heads, the KV heads or the MLP, or PP the layers, or EP the experts; all
+                in one message.
         """
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         pieces = pipeline * parallel.num_virtual_stages
@@ -192,6 +197,11 @@ class Architecture:
             if count % size
         ]
         refused += self._key_value_heads_problems(tensor)
+        if training and self.experts is not None and tensor > 1 and not parallel.sequence_parallel:
+            refused.append(
+                f"parallel.sequence_parallel = False: {self.folder} has experts, which train at "
+                f"tensor_model_parallel_size = {tensor} only with their tokens split; add --sequence-parallel"
+            )
         if self.experts is None and parallel.expert_model_parallel_size > 1:
             refused.append(
                 f"parallel.expert_model_parallel_size = {parallel.expert_model_parallel_size}: {self.folder} has no "

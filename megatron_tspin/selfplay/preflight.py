@@ -107,7 +107,7 @@ def _layout_problems(architecture: Architecture, config: Config) -> Iterator[str
     training, generation = config.parallel, config.generation_layout()
     for layout in dict.fromkeys((training, generation)):
         try:
-            architecture.check_layout(layout)
+            architecture.check_layout(layout, training=layout == training)
         except InputError as error:
             place = " (generation's layout)" if layout != training else ""
             yield from (f"{line}{place}" for line in str(error).splitlines())

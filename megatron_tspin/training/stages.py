@@ -49,7 +49,7 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
     folder = RunFolder(Path(config.run_dir))
     checkpoints = save or folder.checkpoints(iteration)
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    architecture.check_layout(config.parallel)
+    architecture.check_layout(config.parallel, training=True)
     with distributed(config.parallel, config.seed, config.precision.tokens_multiple) as topology:
         roles = computed_roles(config.objective.method, iteration_beta(config, iteration))
         source = TripletSource(config, iteration, roles)
@@ -206,7 +206,7 @@ def score_file(config: Config, load: Path, data: Path, output: Path, overwrite: 
         InputError: A file or a line of it cannot be used, or `output` is there and not to be replaced.
     """
     architecture = read_architecture(Path(config.model.hf_checkpoint))
-    architecture.check_layout(config.parallel)
+    architecture.check_layout(config.parallel, training=True)
     ids, pairs = read_scoring_input(config, data, architecture.vocab_size)
     layout = config.parallel.whole_stages()
     with distributed(layout, config.seed, config.precision.tokens_multiple) as topology:

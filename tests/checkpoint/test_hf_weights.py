@@ -14,7 +14,14 @@ from megatron_tspin.errors import InputError, ParityError
 from tests.rank_pool import in_layout
 
 KINDS = ["tied", "untied", "llama3_rope", "mistral_window"]
-LAYOUTS = {"TP1": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "DP2": (1, 1, 2), "TP2xPP2": (2, 2, 1)}
+LAYOUTS = {
+    "TP1": (1, 1, 1),
+    "TP2": (2, 1, 1),
+    "PP2": (1, 2, 1),
+    "DP2": (1, 1, 2),
+    "TP2xPP2": (2, 2, 1),
+    "PP4": (1, 4, 1),
+}
 
 
 def layout(name: str) -> ParallelSection:
@@ -63,8 +70,9 @@ def assert_same_bits(expected: dict[str, Any], actual: dict[str, Any]) -> None:
         assert torch.equal(tensor.view(torch.uint8), actual[name].view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, name) for kind in KINDS for name in LAYOUTS if name != "PP4"), ("tied", "PP4")]
+)
 def test_round_trip_and_parity(ranks, tiny_checkpoint, tmp_path, kind, name):
     source, parallel = tiny_checkpoint(kind), layout(name)
     differences = ranks(parallel.world_size).run(round_trip, source, parallel, tmp_path / "out", {})

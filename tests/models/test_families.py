@@ -82,6 +82,21 @@ def loaded_and_exported(config: Config, export: Path, pairs: Any) -> list[float]
         return score_pairs(model, topology, pairs, 100)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mixtral"])
+def test_more_ranks_than_key_value_heads(
+    kind: str, ranks: Any, tiny_checkpoint: Any, judged: Any, tmp_path: Path
+) -> None:
+    """TP 4 over 2 key-value heads: a rank's rows of queries, keys and values begin and end inside a group."""
+    config = make_config(
+        tiny_checkpoint(kind), **{"parallel.tensor_model_parallel_size": 4, "parallel.sequence_parallel": True}
+    )
+    log_probs = ranks(4).run(gradients, config, tmp_path / "out")
+    expected, expected_gradients = judged(kind)
+    for each in log_probs:
+        all_within("log-prob", each, expected)
+    same_gradients(weights(tmp_path / "out"), expected_gradients)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sequences_and_export(kind: str, ranks: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     """At TP 2 x PP 2, on sequences longer than windows and original positions."""
@@ -187,5 +202,9 @@ def test_layouts_of_experts_that_do_not_fit(tiny_checkpoint: Any) -> None:
     three = ParallelSection(data_parallel_size=3, expert_model_parallel_size=3)
     with pytest.raises(InputError, match="expert_model_parallel_size = 3 does not divide the 4 experts"):
         read_architecture(tiny_checkpoint("qwen3_moe")).check_layout(three)
+    tensor = ParallelSection(tensor_model_parallel_size=2)
+    read_architecture(tiny_checkpoint("qwen3_moe")).check_layout(tensor)
+    with pytest.raises(InputError, match="experts, which train at .* = 2 only with their tokens split; add --seq"):
+        read_architecture(tiny_checkpoint("qwen3_moe")).check_layout(tensor, training=True)
     with pytest.raises(InputError, match="expert_model_parallel_size = 3: .* has no experts; leave"):
         read_architecture(tiny_checkpoint("qwen3")).check_layout(three)
