@@ -21,7 +21,7 @@ class RotaryFrequencies:
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        found = [_frequencies(rope, architecture.folder) for rope in architecture.ropes]
+        found = [_frequencies(rope, architecture.head_dim, architecture.folder) for rope in architecture.ropes]
         self.attention_factors = [factor for _, factor in found]
         self._frequencies = torch.stack([frequencies for frequencies, _ in found])
 
@@ -32,7 +32,7 @@ class RotaryFrequencies:
         return torch.cat((half, half), dim=-1).unsqueeze(3)
 
 
-def _frequencies(rope: Rope, hf_folder: Path) -> tuple[Tensor, float]:
+def _frequencies(rope: Rope, head_dim: int, hf_folder: Path) -> tuple[Tensor, float]:
     """Inverse frequencies [columns / 2] in fp32 and the attention factor."""
     if rope.settings["rope_type"] == "default":
         exponent = torch.arange(0, rope.columns, 2, dtype=torch.int64).float() / rope.columns
@@ -41,6 +41,8 @@ def _frequencies(rope: Rope, hf_folder: Path) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = AutoConfig.from_pretrained(hf_folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "head_dim", 0) is None:  # those functions multiply it
+        config.head_dim = head_dim
     compute = ROPE_INIT_FUNCTIONS[rope.settings["rope_type"]]
     frequencies, factor = compute(config, device=torch.device("cpu"), layer_type=rope.layer_type)
     return frequencies.float(), float(factor)

@@ -92,9 +92,9 @@ def test_all_problems_come_at_once_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     assert str(caught.value).splitlines() == [
         f"{path}: `vocab_size` is missing",
+        f"{path}: `mlp_bias` = 1 must be true or false",
         f"{path}: `rms_norm_eps` is missing",
         f"{path}: {RELU}",
-        f"{path}: `mlp_bias` = 1 must be true or false",
     ]
 
 

@@ -66,6 +66,16 @@ class ConfigReader:
         """A number above 0, likewise."""
         return self._positive(key, default, whole=False)
 
+    def count(self, key: str, default: int) -> int:
+        """A whole number, 0 or more; null is the default."""
+        found = self.raw(key)
+        if found is None:
+            return default
+        if type(found) is not int or found < 0:
+            self.refuse(f"`{key}` = {found!r} must be a whole number, 0 or more")
+            return default
+        return found
+
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false; null is the default."""
         return bool(self._typed(key, bool, default))

@@ -1,11 +1,12 @@
 """A family of models: how its config.json is read, and which tensors it has."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tspin.models.architecture import Architecture, Norm
+from megatron_tspin.models.architecture import Architecture, LayerFacts, Norm, Rope
 from megatron_tspin.models.families.config_reader import ConfigReader
+from megatron_tspin.models.families.rope_settings import read_rope
 from megatron_tspin.models.families.table import EMBEDDING, OUTPUT_LAYER, Line, Tensor
 
 
@@ -91,6 +92,36 @@ def read_sizes(
     if heads % kv_heads:
         reader.inconsistent(f"num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
     return {**found, "num_kv_heads": kv_heads, "head_dim": head_dim or max(hidden // heads, 1)}
+
+
+def read_decoder(
+    reader: ConfigReader,
+    family: str,
+    sizes: dict[str, Any],
+    layers: Iterable[LayerFacts],
+    rope: Rope | None = None,
+    **facts: Any,
+) -> Architecture:
+    """An architecture of RMS norms, one rope and a gated MLP.
+
+    Args:
+        reader: Of the config.
+        family: `Architecture.family`.
+        sizes: Of `read_sizes`.
+        layers: In their order.
+        rope: Where it is not read as usual.
+        facts: More of `Architecture`'s fields.
+    """
+    return Architecture(
+        family=family,
+        **sizes,
+        layers=tuple(layers),
+        norm=read_rms_norm(reader),
+        ropes=(rope or read_rope(reader, sizes["head_dim"], sizes["max_positions"]),),
+        softmax_scale=sizes["head_dim"] ** -0.5,
+        activation=reader.activation("hidden_act", "silu"),
+        **facts,
+    )
 
 
 def read_rms_norm(reader: ConfigReader, unit_offset: bool = False) -> Norm:

@@ -5,8 +5,7 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture, LayerFacts
 from megatron_tspin.models.families import table
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import Family, read_rms_norm, read_sizes
-from megatron_tspin.models.families.rope_settings import read_rope
+from megatron_tspin.models.families.family import Family, read_decoder, read_sizes
 from megatron_tspin.models.families.table import EMBEDDING, OUTPUT_LAYER, Line
 
 _HF, _CORE = "model.layers.{layer}.", "decoder.layers.{layer}."
@@ -19,14 +18,11 @@ def read(reader: ConfigReader) -> Architecture:
     count = reader.whole("num_hidden_layers")
     reader.per_layer("layer_types", count, ("full_attention",), ["full_attention"] * count)
     bias = reader.flag("attention_bias")
-    return Architecture(
-        family="llama",
-        **sizes,
-        layers=(LayerFacts(),) * count,
-        norm=read_rms_norm(reader),
-        ropes=(read_rope(reader, sizes["head_dim"], sizes["max_positions"]),),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "llama",
+        sizes,
+        (LayerFacts(),) * count,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=reader.flag("mlp_bias"),

@@ -5,8 +5,7 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture, LayerFacts
 from megatron_tspin.models.families import llama
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import read_rms_norm, read_sizes
-from megatron_tspin.models.families.rope_settings import read_rope
+from megatron_tspin.models.families.family import read_decoder, read_sizes
 
 
 def read(reader: ConfigReader) -> Architecture:
@@ -15,14 +14,11 @@ def read(reader: ConfigReader) -> Architecture:
     count, window = reader.whole("num_hidden_layers"), reader.whole("sliding_window", 4096)
     kind = "full_attention" if window is None else "sliding_attention"
     reader.per_layer("layer_types", count, (kind,), [kind] * count)
-    return Architecture(
-        family="mistral",
-        **sizes,
-        layers=(LayerFacts(window),) * count,
-        norm=read_rms_norm(reader),
-        ropes=(read_rope(reader, sizes["head_dim"], sizes["max_positions"]),),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "mistral",
+        sizes,
+        (LayerFacts(window),) * count,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture, Experts, LayerFacts
 from megatron_tspin.models.families import llama, table
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import read_rms_norm, read_sizes
+from megatron_tspin.models.families.family import read_decoder, read_sizes
 from megatron_tspin.models.families.rope_settings import read_rope
 from megatron_tspin.models.families.table import Line
 
@@ -19,14 +19,12 @@ def read(reader: ConfigReader) -> Architecture:
     """The chosen experts' probabilities sum to 1."""
     sizes = read_sizes(reader, silent_kv_heads=8)
     count, window = reader.whole("num_hidden_layers"), reader.whole("sliding_window", None)
-    return Architecture(
-        family="mixtral",
-        **sizes,
-        layers=(LayerFacts(window, sparse=True),) * count,
-        norm=read_rms_norm(reader),
-        ropes=(read_rope(reader, sizes["head_dim"], sizes["max_positions"], default_theta=1000000.0),),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "mixtral",
+        sizes,
+        (LayerFacts(window, sparse=True),) * count,
+        rope=read_rope(reader, sizes["head_dim"], sizes["max_positions"], default_theta=1000000.0),
         experts=Experts(
             count=reader.whole("num_local_experts", 8),
             per_token=reader.whole("num_experts_per_tok", 2),

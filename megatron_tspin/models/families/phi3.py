@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture, LayerFacts
 from megatron_tspin.models.families import llama, table
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import read_rms_norm, read_sizes
+from megatron_tspin.models.families.family import read_decoder, read_sizes
 from megatron_tspin.models.families.rope_settings import read_rope
 
 _OLD_TYPES = {"su": "longrope", "yarn": "longrope"}
@@ -20,14 +20,12 @@ def read(reader: ConfigReader) -> Architecture:
     if rope.settings["rope_type"] == "longrope":
         rope = replace(rope, settings={**rope.settings, "original_max_position_embeddings": original})
         sizes["max_positions"] = min(sizes["max_positions"], original)
-    return Architecture(
-        family="phi3",
-        **sizes,
-        layers=(LayerFacts(window),) * count,
-        norm=read_rms_norm(reader),
-        ropes=(rope,),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "phi3",
+        sizes,
+        (LayerFacts(window),) * count,
+        rope=rope,
     )
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture, Experts, LayerFacts
 from megatron_tspin.models.families import llama, qwen3, table
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import read_rms_norm, read_sizes
+from megatron_tspin.models.families.family import read_decoder, read_sizes
 from megatron_tspin.models.families.mixtral import ROUTER_LOSS
-from megatron_tspin.models.families.rope_settings import read_rope
 from megatron_tspin.models.families.table import Line
 from megatron_tspin.models.families.windows import read_optional_window
 
@@ -27,14 +26,11 @@ def read(reader: ConfigReader) -> Architecture:
         LayerFacts(window, sparse=layer not in dense and (layer + 1) % step == 0)
         for layer in range(reader.whole("num_hidden_layers"))
     )
-    return Architecture(
-        family="qwen3_moe",
-        **sizes,
-        layers=tuple(layers),
-        norm=read_rms_norm(reader),
-        ropes=(read_rope(reader, sizes["head_dim"], sizes["max_positions"]),),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "qwen3_moe",
+        sizes,
+        layers,
         qkv_bias=bias,
         output_bias=bias,
         query_key_norm="head",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.families import llama
 from megatron_tspin.models.families.config_reader import ConfigReader
-from megatron_tspin.models.families.family import read_rms_norm, read_sizes
+from megatron_tspin.models.families.family import read_decoder, read_sizes
 from megatron_tspin.models.families.rope_settings import read_rope
 from megatron_tspin.models.families.windows import read_layers
 
@@ -17,20 +17,18 @@ def read(reader: ConfigReader) -> Architecture:
     rotated = reader.listing("no_rope_layers")  # 1 where a layer does rotate, whatever the key's name says
     if rotated is None:
         rotated = [int((i + 1) % interval != 0) for i in range(count)]
-    if len(rotated) != count or set(rotated) - {0, 1}:
+    if len(rotated) != count or any(flag not in (0, 1) for flag in rotated):
         reader.refuse(f"no_rope_layers = {rotated} must be a 0 or a 1 for each of the {count} layers")
         rotated = [1] * count
     used, window = reader.flag("use_sliding_window"), reader.whole("sliding_window", None)
     layers = read_layers(reader, window if used else None, lambda i: not rotated[i])
     bias = reader.flag("attention_bias")
-    return Architecture(
-        family="smollm3",
-        **sizes,
-        layers=tuple(replace(facts, rope=0 if on else None) for facts, on in zip(layers, rotated, strict=True)),
-        norm=read_rms_norm(reader),
-        ropes=(read_rope(reader, sizes["head_dim"], sizes["max_positions"], default_theta=2000000.0),),
-        softmax_scale=sizes["head_dim"] ** -0.5,
-        activation=reader.activation("hidden_act", "silu"),
+    return read_decoder(
+        reader,
+        "smollm3",
+        sizes,
+        tuple(replace(facts, rope=0 if on else None) for facts, on in zip(layers, rotated, strict=True)),
+        rope=read_rope(reader, sizes["head_dim"], sizes["max_positions"], default_theta=2000000.0),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=reader.flag("mlp_bias"),
