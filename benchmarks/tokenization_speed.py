@@ -6,14 +6,17 @@ Every side reads the same JSON Lines, encodes prompt and response of each, and w
 are compared before anything is said. The sides are processes of their own, timed from the loaded libraries to the
 finished files, loading the tokenizer included, in turns, so that a busy machine slows them alike.
 
-* loop: one document after the other, megatron-core's builder.
-* pool: as Megatron-LM's `preprocess_data.py` does it: `Pool.imap` over lines, 32 a task, the builder in the parent.
-* pool, batches: the same with one `encode_batch_fast` a task, one thread each.
+* loop: one document after the other through transformers' tokenizer, written by megatron-core's builder.
+* pool: as Megatron-LM's `preprocess_data.py` does it: the same in `Pool.imap` over lines, 32 a task, the builder in the
+  parent.
+* pool, bare: that, without transformers around the tokenizers library.
+* pool, batches: that, with one `encode_batch_fast` a task, one thread each.
 * tspin: `tokenize_run`, whole: checks, normalised examples, digests and sidecars too.
 
-The text is that of Python's own library, cut into examples. Without --tokenizer a byte-level BPE is trained on it.
-The last line is the median over the rounds of the pool's seconds by ours. Before it stand time and memory of
-`tokenize` and of the checks before a run for 10,000 and 100,000 examples.
+The text is that of Python's own library and of torch, cut into examples. Without --tokenizer a byte-level BPE is
+trained on it. The last line is the median over the rounds of the pool's seconds by ours; seconds of processors stand
+beside them, which a busy machine changes less. Before it stand time and memory of `tokenize` and of the checks before a
+run for 10,000 and 100,000 examples.
 """
 
 import argparse
@@ -56,10 +59,11 @@ Encoded = tuple[list[int], list[int]]
 
 
 def source_text() -> Iterator[str]:
-    """Python's own library, file by file."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in path.parts and "test" not in path.parts:
-            yield path.read_text(encoding="utf-8", errors="ignore")
+    """Python's own library and torch's sources, file by file."""
+    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            if not {"site-packages", "test"}.intersection(path.relative_to(folder).parts):
+                yield path.read_text(encoding="utf-8", errors="ignore")
 
 
 def write_examples(path: Path, most: int, length: int) -> int:
@@ -100,11 +104,10 @@ def train_tokenizer(folder: Path) -> None:
 
 def run_config(folder: Path, tokenizer: Path, data: Path) -> Config:
     """A run that tokenizes the examples as they are."""
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 65536}))
     return Config.model_validate(
         {
             "run_dir": str(folder / "run"),
-            "model": {"hf_checkpoint": str(folder), "tokenizer": str(tokenizer), "tokenizer_rules": "tokenizer.json"},
+            "model": {"hf_checkpoint": str(tokenizer), "tokenizer_rules": "tokenizer.json"},
             "data": {
                 "annotated": str(data), "template": "{prompt}", "seq_length": 4096, "tokenizer_threads": PROCESSES,
             },
@@ -113,11 +116,26 @@ def run_config(folder: Path, tokenizer: Path, data: Path) -> Config:
     )  # fmt: skip
 
 
+def load_whole(folder: str) -> None:
+    """Loads transformers' tokenizer of a process that encodes."""
+    from transformers import AutoTokenizer
+
+    _worker["whole"] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    _worker["eos"] = _worker["whole"].eos_token_id
+
+
 def load(folder: str) -> None:
     """Loads the tokenizer of a process that encodes."""
     _worker["tokenizer"] = Tokenizer.from_file(f"{folder}/tokenizer.json")
     settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
     _worker["eos"] = _worker["tokenizer"].token_to_id(settings["eos_token"])
+
+
+def encode_as_megatron(line: str) -> Encoded:
+    """Ids of one line, by two calls of transformers' tokenizer, as Megatron-LM calls it."""
+    record, tokenizer = json.loads(line), _worker["whole"]
+    prompt = tokenizer(record["prompt"]).input_ids
+    return prompt, [*tokenizer(record["response"], add_special_tokens=False).input_ids, _worker["eos"]]
 
 
 def encode_line(line: str) -> Encoded:
@@ -147,13 +165,19 @@ def build(encoded: Iterable[Encoded], folder: Path) -> None:
 
 def run_loop(folder: Path, tokenizer: Path, data: Path) -> None:
     """One document after the other."""
-    load(str(tokenizer))
+    load_whole(str(tokenizer))
     with data.open(encoding="utf-8") as stream:
-        build(map(encode_line, stream), folder)
+        build(map(encode_as_megatron, stream), folder)
 
 
 def run_pool(folder: Path, tokenizer: Path, data: Path) -> None:
     """Documents over processes."""
+    with Pool(PROCESSES, load_whole, (str(tokenizer),)) as pool, data.open(encoding="utf-8") as stream:
+        build(pool.imap(encode_as_megatron, stream, _CHUNK), folder)
+
+
+def run_bare_pool(folder: Path, tokenizer: Path, data: Path) -> None:
+    """Documents over processes, by the tokenizers library."""
     with Pool(PROCESSES, load, (str(tokenizer),)) as pool, data.open(encoding="utf-8") as stream:
         build(pool.imap(encode_line, stream, _CHUNK), folder)
 
@@ -183,6 +207,7 @@ def run_check(folder: Path, tokenizer: Path, data: Path) -> None:
 SIDES: dict[str, Callable[[Path, Path, Path], None]] = {
     "loop": run_loop,
     "pool": run_pool,
+    "pool, bare": run_bare_pool,
     "pool, batches": run_pool_of_batches,
     "tspin": run_ours,
     "check": run_check,
@@ -208,14 +233,18 @@ def run_side(side: str, folder: Path, tokenizer: Path, data: Path) -> None:
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    processor = time.process_time()
     start = time.perf_counter()
     SIDES[side](folder, tokenizer, data)
     seconds = time.perf_counter() - start
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(usage.ru_utime + usage.ru_stime for usage in used) - processor
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.bin"), *folder.glob("*.idx")]):
         digest.update(path.name.encode() + path.read_bytes())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    say(json.dumps({"seconds": seconds, "peak": peak / 1e3, "more": (peak - before) / 1e3, "sha": digest.hexdigest()}))
+    memory = {"peak": peak / 1e3, "more": (peak - before) / 1e3}
+    say(json.dumps({"seconds": seconds, "processor": processor, **memory, "sha": digest.hexdigest()}))
 
 
 def say(line: str) -> None:
@@ -226,7 +255,7 @@ def say(line: str) -> None:
 
 def compare(tokenizer: Path, data: Path, size: int, rounds: int) -> float:
     """Prints the speed of every side; returns how many times the pool's speed ours has, the median of the rounds."""
-    names = ["loop", "pool", "pool, batches", "tspin"]
+    names = ["loop", "pool", "pool, bare", "pool, batches", "tspin"]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -237,8 +266,10 @@ def compare(tokenizer: Path, data: Path, size: int, rounds: int) -> float:
     for name, items in found.items():
         seconds = sorted(item["seconds"] for item in items)
         middle = statistics.median(seconds)
+        processor = statistics.median(item["processor"] for item in items)
         say(
-            f"{name:14} {size / _MEGABYTE / middle:6.2f} MB/s   {middle:6.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+            f"{name:14} {size / _MEGABYTE / middle:6.2f} MB/s   {middle:6.2f} s ({seconds[0]:.2f} to "
+            f"{seconds[-1]:.2f}), {processor:.2f} s of processors"
         )
     pairs = zip(found["pool"], found["tspin"], strict=True)
     return float(statistics.median(pool["seconds"] / ours["seconds"] for pool, ours in pairs))
@@ -262,7 +293,7 @@ def main() -> None:
     """Runs the benchmark, or one side of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less text and fewer rounds, some three minutes")
-    parser.add_argument("--tokenizer", type=Path, help="HF folder with tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, help="HF folder with tokenizer.json and config.json")
     for name in ("--side", "--folder", "--data"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -274,8 +305,9 @@ def main() -> None:
         tokenizer = args.tokenizer or folder
         if args.tokenizer is None:
             train_tokenizer(folder)
+            (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 65536}))
         data = folder / "examples.jsonl"
-        size = write_examples(data, 4000 if args.quick else 16000, _PROMPT + _RESPONSE)
+        size = write_examples(data, 8000 if args.quick else 16000, _PROMPT + _RESPONSE)
         speedup = compare(tokenizer, data, size, 3 if args.quick else 5)
         scale(tokenizer, folder)
     say(f"speedup over the pool: {speedup:.2f}")
