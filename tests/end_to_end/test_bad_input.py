@@ -97,8 +97,8 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         ("config.yaml: ", "`training.epochs` = 'two'", "integer"),
     ),
     "impossible layout": (
-        with_setting("parallel", "tensor_model_parallel_size", 4),
-        ("parallel.tensor_model_parallel_size = 4", "2 key-value heads", "checkpoint"),
+        with_setting("parallel", "pipeline_model_parallel_size", 4),
+        ("parallel.pipeline_model_parallel_size = 4", "2 layers", "checkpoint"),
     ),
     "tokenizer": (with_foreign_tokenizer, ("tokenizer.json: ", "104", "vocab_size in ", "--tokenizer-model")),
     "missing file": (with_setting("data", "held_out", "nowhere.jsonl"), ("nowhere.jsonl: no such file",)),
