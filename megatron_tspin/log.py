@@ -21,6 +21,7 @@ LOG_FILE_VARIABLE = "TSPIN_LOG_FILE"
 
 _TERMINAL_REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
+_BYTES = "B"
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -46,7 +47,7 @@ def progress_bar(description: str, total: int | None, unit: str, speak: bool = T
     Args:
         description: What is being done, e.g. "train iteration 1".
         total: Number of units in all; None if nobody knows yet.
-        unit: Name of one unit, e.g. "step".
+        unit: Name of one unit, e.g. "step"; "B" is shown as KiB, MiB and so on.
         speak: False draws nothing (ranks other than the first).
         done: Units that an earlier, interrupted process did.
     """
@@ -57,7 +58,9 @@ def progress_bar(description: str, total: int | None, unit: str, speak: bool = T
         delay=0.0 if sys.stderr.isatty() else pause,
         desc=description,
         total=total,
-        unit=unit,
+        unit=unit if unit != _BYTES else "iB",
+        unit_scale=unit == _BYTES,
+        unit_divisor=1024,
         initial=done,
         disable=not speak or (total is not None and done >= total),
         dynamic_ncols=True,

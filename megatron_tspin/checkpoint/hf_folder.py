@@ -3,14 +3,13 @@
 Nothing is unpickled: `.bin` checkpoints are refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_tspin.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from megatron_tspin.checkpoint.tensor_check import Header, refused_dtype, tensor_problems
 from megatron_tspin.checkpoint.weight_files import weight_files
 from megatron_tspin.errors import ArtifactError, InputError
@@ -18,7 +17,6 @@ from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.families.registry import FAMILIES
 
 _SHOWN = 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HFFolder:
@@ -34,24 +32,27 @@ class HFFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, Path] = {}
+        self._file_of: dict[str, SafetensorsFile] = {}
         for path in weight_files(folder):
-            opened = _open(path)
-            for name in opened.keys():  # not a mapping: it cannot be iterated
+            opened = SafetensorsFile(path)
+            for name in opened.headers:
                 if name in self._file_of:
-                    raise ArtifactError(f"{path}: tensor {name} is in {self._file_of[name].name} as well")
-                self._file_of[name] = path
-                self._files[name] = opened
+                    raise ArtifactError(f"{path}: tensor {name} is in {self._file_of[name].path.name} as well")
+                self._file_of[name] = opened
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._file_of)
 
+    @property
+    def headers(self) -> dict[str, Header]:
+        """Shape and stored type of all tensors, in the order of the files."""
+        return {name: file.headers[name] for name, file in self._file_of.items()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._file_of[name].headers[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, from the header.
@@ -59,32 +60,35 @@ class HFFolder:
         Raises:
             InputError: It is not a plain floating-point type.
         """
-        stored = self._stored_dtype(name)
-        if stored not in _DTYPES:
+        stored = self._file_of[name].headers[name].dtype
+        if stored not in DTYPES:
             raise InputError(f"{self.folder}: {refused_dtype(name, stored)}")
-        return _DTYPES[stored]
-
-    def _stored_dtype(self, name: str) -> str:
-        return str(self._files[name].get_slice(name).get_dtype())
+        return DTYPES[stored]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> Tensor:
         """Reads a tensor, or a part of its rows (`dim` 0) or columns (`dim` 1), and no more than that.
 
         Raises:
-            InputError: It holds NaN or an infinity.
+            InputError: It is not of a floating-point type, or holds NaN or an infinity.
         """
-        stored = self._files[name].get_slice(name)
-        if part is None:
-            tensor: Tensor = stored[:]
-        else:
-            tensor = stored[part] if dim == 0 else stored[:, part]
-        if not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise InputError(
-                f"{self._file_of[name]}: tensor {name} holds {bad} values that are NaN or infinite; take a checkpoint "
-                "whose training went well"
-            )
-        return tensor
+        shape = list(self.shape(name))
+        if part is not None:
+            part = slice(*part.indices(shape[dim])[:2])
+            shape[dim] = part.stop - part.start
+        values = torch.empty(shape, dtype=self.dtype(name))
+        self.read_into(values, name, part, dim)
+        return values
+
+    def read_into(
+        self,
+        target: Tensor,
+        name: str,
+        part: slice | None = None,
+        dim: int = 0,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Reads straight into a tensor; see `SafetensorsFile.read_into`."""
+        self._file_of[name].read_into(target, name, part, dim, progress)
 
     def check(self, architecture: Architecture) -> None:
         """Demands exactly the tensors that the architecture has, with their shapes.
@@ -101,9 +105,7 @@ class HFFolder:
             raise InputError("\n".join(f"{self.folder}: {line}" for line in problems[:_SHOWN] + more))
 
     def _problems(self, architecture: Architecture) -> Iterator[str]:
-        yield from tensor_problems(
-            {name: Header(self.shape(name), self._stored_dtype(name)) for name in self.names}, architecture
-        )
+        yield from tensor_problems(self.headers, architecture)
         head, embedding = FAMILIES[architecture.family].head, FAMILIES[architecture.family].embedding
         if architecture.tied_embeddings and {head, embedding} <= self.names:
             if not torch.equal(self.read(head), self.read(embedding)):
@@ -111,10 +113,3 @@ class HFFolder:
                     f"config.json ties the embeddings but {head} differs from {embedding}; set "
                     "tie_word_embeddings to false, or remove the tensor that is not meant"
                 )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path}: not a whole safetensors file ({error}); download it again") from error

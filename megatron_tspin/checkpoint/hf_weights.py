@@ -1,5 +1,6 @@
 """HF weights into the policy of this rank, and out of all ranks into an HF folder."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,16 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
 from megatron_tspin.errors import InputError
-from megatron_tspin.log import track
+from megatron_tspin.log import progress_bar, track
 from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.families import table
 from megatron_tspin.models.families.registry import tensors
-from megatron_tspin.models.families.table import Split
+from megatron_tspin.models.families.table import Range, Split
 from megatron_tspin.models.families.table import Tensor as Entry
 from megatron_tspin.models.fp8_linear import weights_changed
 from megatron_tspin.models.hf_config import read_architecture
@@ -50,17 +52,34 @@ def load_hf(model: PolicyModel, topology: Topology) -> None:
     source = HFFolder(model.architecture.folder)
     source.check(model.architecture)
     found = list(_local_weights(model, topology))
-    for entry, parameter in track(found, "read HF weights", len(found), "tensor", topology.speaks):
-        _fill(parameter, entry, source, topology)
+    parts = [(entry, part) for entry, _ in found for _, part in entry.ranges(topology.tp_rank, topology.tp_size)]
+    total = sum(_stored_bytes(entry, part, source) for entry, part in parts)
+    with progress_bar("read HF weights", total, "B", topology.speaks) as bar:
+        for entry, parameter in found:
+            if is_float8tensor(parameter):  # Transformer Engine quantises a tensor as a whole
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                _fill(values, entry, source, topology, bar.update)
+                parameter.copy_(values)
+            else:
+                _fill(parameter, entry, source, topology, bar.update)
     weights_changed(model)
 
 
-def _fill(parameter: Tensor, entry: Entry, source: HFFolder, topology: Topology) -> None:
+def _stored_bytes(entry: Entry, part: Range, source: HFFolder) -> int:
+    """Bytes that a range takes in the file."""
+    name = entry.hf[part.source]
+    shape = source.shape(name)
+    return math.prod(shape) // shape[entry.dim] * (part.stop - part.start) * source.dtype(name).itemsize
+
+
+def _fill(
+    parameter: Tensor, entry: Entry, source: HFFolder, topology: Topology, progress: Callable[[int], None]
+) -> None:
     filled = 0
     for begin, part in entry.ranges(topology.tp_rank, topology.tp_size):
         length = part.stop - part.start
-        values = source.read(entry.hf[part.source], slice(part.start, part.stop), entry.dim)
-        parameter.narrow(entry.dim, begin, length).copy_(values)
+        target = parameter.narrow(entry.dim, begin, length)
+        source.read_into(target, entry.hf[part.source], slice(part.start, part.stop), entry.dim, progress)
         filled += length
     if filled < parameter.shape[entry.dim]:  # the last rows of a padded vocabulary
         parameter.narrow(entry.dim, filled, parameter.shape[entry.dim] - filled).zero_()
