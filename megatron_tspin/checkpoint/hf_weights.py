@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
+from megatron_tspin.checkpoint.safetensors_stream import num_bytes
 from megatron_tspin.errors import InputError
-from megatron_tspin.log import progress_bar, track
+from megatron_tspin.log import progress_bar
 from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.families import table
 from megatron_tspin.models.families.registry import tensors
@@ -180,9 +181,12 @@ def export_hf(
         }
         with atomic_path(target) as folder:
             writer = HFWriter(folder, sizes, shard_bytes)
-            for entry in track(order, "write HF weights", len(order), "tensor"):
-                for name, tensor in _gather(entry, local, model.architecture, topology).items():
-                    writer.add(name, tensor)
+            total = sum(num_bytes(*size) for size in sizes.values())
+            with progress_bar("write HF weights", total, "B") as bar:
+                for entry in order:
+                    for name, tensor in _gather(entry, local, model.architecture, topology).items():
+                        writer.add(name, tensor)
+                        bar.update(num_bytes(*sizes[name]))
             writer.finish(source_hf, dtype)
             complete(folder)
             if target.is_dir():

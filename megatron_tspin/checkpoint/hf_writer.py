@@ -1,26 +1,22 @@
 """Writes an HF checkpoint folder: shards of safetensors, their index, and the files that go with them."""
 
 import json
-import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tspin.checkpoint.safetensors_stream import SafetensorsStream, Sizes, num_bytes
 from megatron_tspin.checkpoint.weight_files import INDEX, WEIGHTS
 from megatron_tspin.storage import read_json, write_json
 
 SHARD_BYTES = 4 * 2**30
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # config, tokenizer, chat template, generation settings
 
-Sizes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
 
 class HFWriter:
-    """Takes tensors one by one, in the order announced, and flushes a shard whenever one is complete.
+    """Takes tensors one by one, in the order announced, and writes each to its shard at once.
 
     Args:
         folder: Is created.
@@ -34,15 +30,21 @@ class HFWriter:
         self._sizes = sizes
         self._shards = _plan(sizes, shard_bytes)
         self._file_of = {name: file for file, names in self._shards.items() for name in names}
-        self._pending: dict[str, Tensor] = {}
+        self._open: SafetensorsStream | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor on the CPU; it is cast to the announced dtype."""
-        self._pending[name] = tensor.to(self._sizes[name][1]).contiguous()
-        file = self._file_of[name]
-        if len(self._pending) == len(self._shards[file]):
-            save_file(self._pending, self._folder / file, metadata={"format": "pt"})
-            self._pending = {}
+        """Takes a tensor; it is cast to the announced dtype.
+
+        Raises:
+            InputError: That dtype cannot hold one of its values.
+        """
+        if self._open is None:
+            file = self._file_of[name]
+            self._open = SafetensorsStream(
+                self._folder / file, {each: self._sizes[each] for each in self._shards[file]}
+            )
+        if self._open.add(name, tensor):
+            self._open = None
 
     def finish(self, source: Path, dtype: torch.dtype | None) -> None:
         """Writes the index if there are several shards, and copies the files beside the weights of `source`.
@@ -51,9 +53,9 @@ class HFWriter:
             source: An HF folder.
             dtype: Written into config.json; None leaves its bytes alone.
         """
-        assert not self._pending, f"announced but not added, with {sorted(self._pending)}"
+        assert self._open is None, f"{self._open.path} lacks tensors that were announced"
         if len(self._shards) > 1:
-            total = sum(_num_bytes(*size) for size in self._sizes.values())
+            total = sum(num_bytes(*size) for size in self._sizes.values())
             write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self._file_of})
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
@@ -67,7 +69,7 @@ def _plan(sizes: Sizes, shard_bytes: int) -> dict[str, list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
-        count = _num_bytes(*size)
+        count = num_bytes(*size)
         if shards[-1] and filled + count > shard_bytes:
             shards.append([])
             filled = 0
@@ -76,10 +78,6 @@ def _plan(sizes: Sizes, shard_bytes: int) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {WEIGHTS: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 def _set_dtype(path: Path, name: str) -> None:

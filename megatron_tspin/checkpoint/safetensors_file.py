@@ -96,15 +96,16 @@ class SafetensorsFile:
         if target.is_contiguous():
             self._read_run(target.view(-1), name, part.start * columns, progress)
         else:
+            assert target.dim() <= 2, f"{name}: a view of {target.dim()} dimensions"
             for index in range(wanted):
-                self._read_run(target[index].reshape(-1), name, (part.start + index) * columns, progress)
+                self._read_run(target[index].view(-1), name, (part.start + index) * columns, progress)
 
     def _read_run(self, target: Tensor, name: str, first: int, progress: Callable[[int], None]) -> None:
         """Elements that follow each other in the file, from number `first` on, into a vector."""
         place = self._places[name]
         stored = DTYPES[place.header.dtype]
         at_once = BUFFER_BYTES // stored.itemsize
-        straight = target.dtype == stored and target.device.type == "cpu"
+        straight = target.dtype == stored and target.device.type == "cpu" and target.is_contiguous()
         buffer = None if straight else torch.empty(min(at_once, target.numel()), dtype=stored)
         for done in range(0, target.numel(), at_once):
             goal = target[done : done + at_once]

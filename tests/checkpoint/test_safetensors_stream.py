@@ -1,0 +1,78 @@
+"""Files written tensor by tensor are those of safetensors, and are read back by position."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_tspin.checkpoint.safetensors_file import BUFFER_BYTES, SafetensorsFile
+from megatron_tspin.checkpoint.safetensors_stream import SafetensorsStream
+from megatron_tspin.errors import ArtifactError, InputError
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    """All types, odd counts, a scalar, nothing, and more than is read at once."""
+    torch.manual_seed(0)
+    return {
+        "z.half": torch.randn(3, 5).half(),
+        "brain": torch.randn(7).bfloat16(),
+        "b.double": torch.randn(2, 3, dtype=torch.float64),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "ünïcode": torch.randn(BUFFER_BYTES // 4 + 1, 2).bfloat16(),
+    }
+
+
+def test_the_bytes_are_those_of_safetensors(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    stream = SafetensorsStream(tmp_path / "ours", {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    assert [stream.add(name, tensor) for name, tensor in tensors.items()] == [False] * 5 + [True]
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_any_part_reaches_any_target(tmp_path: Path, stored: Any, dtype: Any) -> None:
+    whole = torch.randn(300, 1201).to(stored)
+    save_file({"a": whole, "v": whole[0].clone()}, tmp_path / "f")
+    file = SafetensorsFile(tmp_path / "f")
+    parts: list[tuple[slice | None, int]] = [(None, 0), (slice(7, 299), 0), (slice(3, 1200), 1), (slice(5, 5), 0)]
+    for part, dim in parts:
+        expected = whole.to(dtype) if part is None else whole.to(dtype)[(slice(None),) * dim + (part,)]
+        for target in (torch.zeros(expected.shape, dtype=dtype), torch.zeros(expected.T.shape, dtype=dtype).T):
+            told: list[int] = []
+            file.read_into(target, "a", part, dim, told.append)
+            assert torch.equal(target, expected) and sum(told) == expected.numel() * stored.itemsize
+    vector = torch.zeros(20, dtype=dtype)
+    file.read_into(vector, "v", slice(4, 24))
+    assert torch.equal(vector, whole[0, 4:24].to(dtype))
+
+
+def test_only_what_is_read_has_to_be_finite(tmp_path: Path) -> None:
+    values = torch.full((64, 8), 65000.0, dtype=torch.float16)  # their sum is no number of fp16
+    values[3, 5] = float("nan")
+    save_file({"a": values}, tmp_path / "f")
+    file = SafetensorsFile(tmp_path / "f")
+    file.read_into(torch.empty(60, 8), "a", slice(4, 64))
+    file.read_into(torch.empty(64, 4), "a", slice(0, 4), 1)
+    for part, dim, shape in ((slice(0, 4), 0, (4, 8)), (slice(4, 6), 1, (64, 2))):
+        with pytest.raises(InputError, match="tensor a holds 1 values that are NaN or infinite"):
+            file.read_into(torch.empty(shape), "a", part, dim)
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_named(tmp_path: Path) -> None:
+    stream = SafetensorsStream(tmp_path / "f", {"a": ((2,), torch.float16)})
+    with pytest.raises(InputError, match="tensor a holds 1e\\+06, which F16 cannot; choose another dtype"):
+        stream.add("a", torch.tensor([1.0, 1e6]))
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(100)}, tmp_path / "f")
+    file = SafetensorsFile(tmp_path / "f")
+    with (tmp_path / "f").open("r+b") as stream:
+        stream.truncate(200)
+    with pytest.raises(ArtifactError, match="ends at byte 200; it became shorter while it was read"):
+        file.read_into(torch.empty(100), "a")
