@@ -49,7 +49,11 @@ class Kill:
 
 
 KILLS = (
-    Kill("tokenize", "data/train_annotated_document.idx", ("data/held_out.jsonl", "data/held_out_prompt_document.json")),
+    Kill(
+        "tokenize",
+        "data/train_annotated_document.idx",
+        ("data/held_out.jsonl", "data/held_out_prompt_document.json"),  # names come last written, first given
+    ),
     Kill("convert", "initial/checkpoint", ("initial/checkpoint.partial/manifest.json",)),
     Kill(
         "rollout_000",
