@@ -143,7 +143,6 @@ class Verification(Record):
     """The HF folder."""
     source_digest: str = ""
     """SHA-256 over its config.json and weights."""
-    seconds: float
 
     @property
     def worst(self) -> ComparedLogProb:
