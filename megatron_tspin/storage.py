@@ -169,6 +169,16 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already; name another file, or add --overwrite to replace it")
 
 
+def refuse_existing_folder(path: Path) -> None:
+    """What a person names on the command line as a folder to write is not overwritten, unlike a run's own files.
+
+    Raises:
+        InputError: There is a file, or a folder that is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists already; give --save the name of a new folder")
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -22,6 +22,10 @@ _SHOWN = 20
 class HFFolder:
     """Names, shapes, dtypes and slices of the tensors.
 
+    Attributes:
+        folder: The folder.
+        headers: Shape and stored type of all tensors by name, in the order of the files.
+
     `model.safetensors` goes before the files of `model.safetensors.index.json`, as in transformers; without either, all
     `*.safetensors` count.
 
@@ -33,26 +37,27 @@ class HFFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, SafetensorsFile] = {}
+        self.headers: dict[str, Header] = {}
         for path in weight_files(folder):
             opened = SafetensorsFile(path)
             for name in opened.headers:
                 if name in self._file_of:
                     raise ArtifactError(f"{path}: tensor {name} is in {self._file_of[name].path.name} as well")
                 self._file_of[name] = opened
+                self.headers[name] = opened.headers[name]
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._file_of)
 
-    @property
-    def headers(self) -> dict[str, Header]:
-        """Shape and stored type of all tensors, in the order of the files."""
-        return {name: file.headers[name] for name, file in self._file_of.items()}
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self._file_of[name].headers[name].shape
+        return self.headers[name].shape
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name].path
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, from the header.
@@ -60,7 +65,7 @@ class HFFolder:
         Raises:
             InputError: It is not a plain floating-point type.
         """
-        stored = self._file_of[name].headers[name].dtype
+        stored = self.headers[name].dtype
         if stored not in DTYPES:
             raise InputError(f"{self.folder}: {refused_dtype(name, stored)}")
         return DTYPES[stored]

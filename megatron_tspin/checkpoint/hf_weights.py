@@ -11,13 +11,13 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
+from megatron_tspin.checkpoint.core_names import EMBEDDING, LAYER, OUTPUT_LAYER, TABLE_NAMES, stage_of
 from megatron_tspin.checkpoint.hf_folder import HFFolder
 from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES, HFWriter
 from megatron_tspin.checkpoint.safetensors_stream import num_bytes
 from megatron_tspin.errors import InputError
 from megatron_tspin.log import progress_bar
 from megatron_tspin.models.architecture import Architecture
-from megatron_tspin.models.families import table
 from megatron_tspin.models.families.registry import tensors
 from megatron_tspin.models.families.table import Range, Split
 from megatron_tspin.models.families.table import Tensor as Entry
@@ -27,15 +27,7 @@ from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
 from megatron_tspin.storage import atomic_path
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=^mlp\.experts\.local_experts\.)\d+")
-# Transformer Engine's linears have the norm before them inside.
-_TE_NAMES = {
-    f"{linear}.layer_norm_{kind}": f"{norm}.{kind}"
-    for linear, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm"))
-    for kind in ("weight", "bias")
-}
-_EMBEDDING, _OUTPUT_LAYER = f"{table.EMBEDDING}.weight", f"{table.OUTPUT_LAYER}.weight"
 
 
 @torch.no_grad()
@@ -90,18 +82,18 @@ def _local_weights(model: PolicyModel, topology: Topology) -> Iterator[tuple[Ent
     """Every parameter of this rank, once, with its line of the table."""
     lines = {entry.core: entry for entry in tensors(model.architecture)}
     if model.architecture.tied_embeddings:
-        lines[_OUTPUT_LAYER] = lines[_EMBEDDING]
+        lines[OUTPUT_LAYER] = lines[EMBEDDING]
     first = _experts(model.architecture, topology).start
     parameters = {_global_name(name, model, first): parameter for name, parameter in model.named_parameters()}
     experts = _experts(model.architecture, topology)
     expected = {
         name
         for name, entry in lines.items()
-        if _stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank
+        if stage_of(name, model.architecture, topology.pp_size) == topology.pp_rank
         and (entry.expert is None or entry.expert in experts)
     }
     if model.architecture.tied_embeddings and topology.pp_size == 1:
-        expected.discard(_OUTPUT_LAYER)  # one parameter serves both ends
+        expected.discard(OUTPUT_LAYER)  # one parameter serves both ends
     if set(parameters) != expected:
         unknown, absent = sorted(set(parameters) - expected), sorted(expected - set(parameters))
         raise InputError(
@@ -123,20 +115,12 @@ def _experts(architecture: Architecture, topology: Topology) -> range:
 
 def _global_name(name: str, model: PolicyModel, first_expert: int) -> str:
     """A parameter's name in the table: layer and expert counted through the whole network instead of this rank."""
-    found = _LAYER.match(name)
+    found = LAYER.match(name)
     if not found:
         return name
     layer = model.decoder.layers[int(found[1])].layer_number - 1
     part = _EXPERT.sub(lambda number: f"{first_expert + int(number[0])}", name[found.end() :])
-    return f"decoder.layers.{layer}.{_TE_NAMES.get(part, part)}"
-
-
-def _stage_of(core_name: str, architecture: Architecture, pp_size: int) -> int:
-    """The pipeline stage that holds a weight."""
-    found = _LAYER.match(core_name)
-    if found:
-        return int(found[1]) // (architecture.num_layers // pp_size)
-    return 0 if core_name == _EMBEDDING else pp_size - 1
+    return f"decoder.layers.{layer}.{TABLE_NAMES.get(part, part)}"
 
 
 @torch.no_grad()
@@ -198,7 +182,7 @@ def _send(entry: Entry, local: dict[str, torch.nn.Parameter], architecture: Arch
     """Hands this rank's part of a weight to rank 0, if rank 0 needs it from here."""
     if topology.cp_rank + topology.cp_size * topology.dp_rank != _owner(entry, architecture, topology):
         return
-    if _stage_of(entry.core, architecture, topology.pp_size) != topology.pp_rank:
+    if stage_of(entry.core, architecture, topology.pp_size) != topology.pp_rank:
         return
     if entry.layout.split is Split.NONE and topology.tp_rank != 0:
         return
@@ -218,7 +202,7 @@ def _gather(
     """The HF tensors of a weight, whole, on the CPU; on rank 0."""
     like = next(iter(local.values()))
     whole = [torch.empty(shape, dtype=like.dtype) for shape in entry.layout.shapes]
-    stage = _stage_of(entry.core, architecture, topology.pp_size)
+    stage = stage_of(entry.core, architecture, topology.pp_size)
     shape = entry.core_shape(topology.tp_size)
     for tp_rank in range(1 if entry.layout.split is Split.NONE else topology.tp_size):
         # Megatron's order of ranks: TP fastest, then CP, then DP, then PP.

@@ -3,7 +3,7 @@
 No torch here: the driver asks too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_tspin.models.architecture import Architecture
@@ -27,7 +27,7 @@ def tensor_problems(headers: Mapping[str, Header], architecture: Architecture) -
     Buffers are not weights and are passed over. A tied checkpoint may store its embedding a second time as the head.
     """
     family = FAMILIES[architecture.family]
-    left_over = {name for name in headers if not name.endswith((".inv_freq", *family.buffers))}
+    left_over = set(weight_names(headers, architecture))
     for tensor in tensors(architecture):
         for name, shape in zip(tensor.hf, tensor.layout.shapes, strict=True):
             if name not in headers:
@@ -42,6 +42,11 @@ def tensor_problems(headers: Mapping[str, Header], architecture: Architecture) -
         left_over.discard(family.head)
     for name in sorted(left_over):
         yield f"tensor {name} is left over; no part of the architecture in config.json takes it"
+
+
+def weight_names(names: Iterable[str], architecture: Architecture) -> list[str]:
+    """The names without those of buffers, which old checkpoints store beside the weights."""
+    return [name for name in names if not name.endswith((".inv_freq", *FAMILIES[architecture.family].buffers))]
 
 
 def refused_dtype(name: str, stored: str) -> str:

@@ -1,9 +1,10 @@
 """Which files of an HF folder hold its weights. No torch here: the driver asks too."""
 
+import shlex
 from pathlib import Path
 
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.storage import read_json
+from megatron_tspin.storage import read_json, sha256_file, sha256_text
 
 WEIGHTS = "model.safetensors"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,10 +36,26 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise InputError(
-            f"{folder}: {pickled[0]} is a pickle, which can run code when opened, and is not read; save the checkpoint "
-            "as safetensors (transformers: `model.save_pretrained(folder)`)"
+            f"{folder}: {pickled[0]} is a pickle, which can run code when opened, and is not read; if you trust it, "
+            f"save it as safetensors and give that folder:\n{_conversion(folder)}"
         )
     raise InputError(f"{folder}: no *.safetensors file")
+
+
+def _conversion(folder: Path) -> str:
+    """The command that loads a pickled checkpoint and writes safetensors beside its folder, for people to paste."""
+    source = str(folder.resolve())
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; s, t = sys.argv[1:]; "
+        "M.from_pretrained(s, dtype='auto').save_pretrained(t); T.from_pretrained(s).save_pretrained(t)"
+    )
+    return f"python -c {shlex.quote(code)} {shlex.quote(source)} {shlex.quote(source + '-safetensors')}"
+
+
+def source_digest(folder: Path) -> str:
+    """Hex SHA-256 over config.json and the weights of an HF folder."""
+    files = [folder / "config.json", *weight_files(folder)]
+    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
 
 
 def _indexed_files(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What several commands share: their parsers, and the config or layout that their flags describe."""
 
 import argparse
+import re
 import textwrap
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,9 +14,12 @@ from megatron_tspin.config_source import StoreOnce, add_assignments, add_flags, 
 from megatron_tspin.errors import EXIT_CODE_HELP, InputError
 
 if TYPE_CHECKING:
+    import torch
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _PARALLEL = "parallel."
+_DTYPES = ("float32", "bfloat16", "float16")
 EXIT_CODES = textwrap.fill(EXIT_CODE_HELP, width=100)
 
 
@@ -133,6 +137,31 @@ def positive_number(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def byte_count(text: str) -> int:
+    """Argparse's type for a size: `5GB`, `512MiB`, `800000`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0 or (found[3] and not found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 512MiB or a number of bytes")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def add_files(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """Adds how the weights of an HF folder are written; `dtype_of` reads the second."""
+    parser.add_argument(
+        "--shard-size", type=byte_count, metavar="SIZE", help="most bytes of a file, such as 5GB or 512MiB [4GiB]"
+    )
+    if dtype:
+        parser.add_argument("--dtype", choices=_DTYPES, help="write all tensors in this type [each as it is]")
+
+
+def dtype_of(args: argparse.Namespace) -> "torch.dtype | None":
+    """What `--dtype` asks for."""
+    import torch
+
+    found: torch.dtype | None = None if args.dtype is None else getattr(torch, args.dtype)
+    return found
 
 
 def _natural_number(text: str) -> int:

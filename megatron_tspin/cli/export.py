@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tspin.cli.arguments import add_config, command_parser, config_of, layout_of, require
+from megatron_tspin.cli.arguments import add_config, add_files, command_parser, config_of, dtype_of, layout_of, require
 from megatron_tspin.cli.ranks import enter_ranks, only_writer
 from megatron_tspin.config_source import overrides
 from megatron_tspin.errors import EXIT_OK, InputError
@@ -21,7 +21,8 @@ writes  RUN_DIR/export/hf, or the folder --save
 
 examples
   tspin export --config runs/first/run.yaml
-  tspin export --load runs/first/iteration_001/checkpoint/step_00000012 --hf-checkpoint models/base --save out"""
+  tspin export --load runs/first/iteration_001/checkpoint/step_00000012 --hf-checkpoint models/base --save out \\
+      --dtype bfloat16 --shard-size 5GB"""
 
 
 def add_parser(subparsers: "Subparsers") -> None:
@@ -29,6 +30,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser = command_parser(subparsers, "export", "megatron-core checkpoint to HF checkpoint", _DESCRIPTION)
     parser.add_argument("--load", type=Path, metavar="CKPT", help="checkpoint to export, without --config")
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder to write, without --config")
+    add_files(parser)
     add_config(parser, ("", "model", "parallel"), required=False)
     parser.set_defaults(run=run)
 
@@ -42,13 +44,14 @@ def run(args: argparse.Namespace) -> int:
     enter_ranks(layout)
     from megatron_tspin.conversion.stages import export_checkpoint
 
-    export_checkpoint(args.load, Path(overrides(args)["model.hf_checkpoint"]), args.save, layout)
+    source = Path(overrides(args)["model.hf_checkpoint"])
+    export_checkpoint(args.load, source, args.save, layout, dtype_of(args), args.shard_size)
     return EXIT_OK
 
 
 def _export_for_run(args: argparse.Namespace) -> int:
-    if args.load is not None or args.save is not None:
-        raise InputError("--load and --save are for exporting without a run; leave out --config")
+    if any(value is not None for value in (args.load, args.save, args.dtype, args.shard_size)):
+        raise InputError("--load, --save, --dtype and --shard-size are for exporting without a run; leave out --config")
     config = config_of(args)
     enter_ranks(config.parallel)
     from megatron_tspin.conversion.stages import export_run

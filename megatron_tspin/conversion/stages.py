@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_tspin.checkpoint.hf_weights import export_hf, load_hf
+from megatron_tspin.checkpoint.hf_writer import SHARD_BYTES
 from megatron_tspin.checkpoint.policies import load_policy, policy_checkpoint
 from megatron_tspin.checkpoint.store import save_checkpoint
 from megatron_tspin.checkpoint.verification import verify_together
-from megatron_tspin.checkpoint.weight_files import weight_files
+from megatron_tspin.checkpoint.weight_files import source_digest
 from megatron_tspin.config import Config, ParallelSection, TrainingSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.conversion.loading import check_loads
@@ -18,7 +21,7 @@ from megatron_tspin.data.encoding import EncodedExamples
 from megatron_tspin.data.indexed import open_documents
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer_export import COMPARED, check_tokenizer, write_endings, write_tokenizer
-from megatron_tspin.errors import ArtifactError, InputError
+from megatron_tspin.errors import ArtifactError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_policy
 from megatron_tspin.models.hf_config import read_architecture
@@ -26,7 +29,7 @@ from megatron_tspin.models.hf_reading import check_reading
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology, distributed, on_first_rank
 from megatron_tspin.run_folder import TRAIN, VERIFICATION, RunFolder, document_stem, examples_path
-from megatron_tspin.storage import sha256_file, sha256_text, write_json
+from megatron_tspin.storage import refuse_existing_folder, write_json
 
 _log = get_logger(__name__)
 
@@ -79,7 +82,7 @@ def convert_checkpoint(
     """
     sentences = read_sentences(hf_checkpoint, verify_data) if verify else []
     with distributed(parallel) as topology:
-        on_first_rank(lambda: _refuse_existing(save), topology)
+        on_first_rank(lambda: refuse_existing_folder(save), topology)
         digest = on_first_rank(lambda: source_digest(hf_checkpoint), topology)
         gate = _Gate(sentences, bound, save / VERIFICATION) if verify else None
         _convert(hf_checkpoint, save, parallel, topology, digest, gate)
@@ -101,7 +104,14 @@ def export_run(config: Config) -> None:
         _export(found, Path(config.model.hf_checkpoint), folder.export, layout, topology, complete)
 
 
-def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: ParallelSection) -> None:
+def export_checkpoint(
+    load: Path,
+    hf_checkpoint: Path,
+    save: Path,
+    parallel: ParallelSection,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> None:
     """Exports any checkpoint of this project.
 
     Args:
@@ -109,16 +119,12 @@ def export_checkpoint(load: Path, hf_checkpoint: Path, save: Path, parallel: Par
         hf_checkpoint: The HF folder it came from; gives config.json, tokenizer and each tensor's dtype.
         save: The HF folder to write.
         parallel: The layout.
+        dtype: Of all tensors instead.
+        shard_bytes: Most bytes of a file of weights.
     """
     with distributed(parallel) as topology:
-        on_first_rank(lambda: _refuse_existing(save), topology)
-        _export(load, hf_checkpoint, save, parallel, topology, check_loads)
-
-
-def _refuse_existing(path: Path) -> None:
-    """What a person names on the command line is not overwritten, unlike a run's own files."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists already; give --save the name of a new folder")
+        on_first_rank(lambda: refuse_existing_folder(save), topology)
+        _export(load, hf_checkpoint, save, parallel, topology, check_loads, dtype, shard_bytes)
 
 
 def _convert(
@@ -162,17 +168,13 @@ def _export(
     parallel: ParallelSection,
     topology: Topology,
     complete: Callable[[Path], None],
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     model = load_policy(read_architecture(source), parallel, TrainingSection(), PrecisionSection(), topology, load)
-    export_hf(model, topology, source, target, complete=complete)
+    export_hf(model, topology, source, target, dtype, shard_bytes or SHARD_BYTES, complete)
     if topology.speaks:
         _log.info("exported %s to %s", load, target)
-
-
-def source_digest(folder: Path) -> str:
-    """Hex SHA-256 over config.json and the weights of an HF folder."""
-    files = [folder / "config.json", *weight_files(folder)]
-    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
 
 
 def _is_of(checkpoint: Path, digest: str, topology: Topology) -> bool:
