@@ -285,3 +285,15 @@ def test_a_part_that_is_not_what_the_metadata_says(saved: Any, tmp_path: Path) -
     first, second = found.parts[:2]
     with pytest.raises(ArtifactError, match="is not "):
         found.read_part(type(first)(first.name, first.offset, first.shape, second.file, second.begin, second.length))
+
+
+def test_sizes_that_people_write() -> None:
+    import argparse
+
+    from megatron_tspin.cli.arguments import byte_count
+
+    sizes = {"5GB": 5 * 10**9, "512MiB": 512 * 2**20, "800000": 800000, "1.5k": 1500, "2 TB": 2 * 10**12, "1b": 1}
+    assert {text: byte_count(text) for text in sizes} == sizes
+    for text in ("", "GB", "0", "-1", "5iB", "5XB"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size; write 5GB, 512MiB or a number of bytes"):
+            byte_count(text)

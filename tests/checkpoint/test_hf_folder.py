@@ -45,7 +45,7 @@ def test_files_that_the_index_does_not_name_are_left_alone(folder):
 def test_a_pickle_is_not_opened(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, .* save the checkpoint as safetensors"):
+    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle, .* save it as safetensors"):
         HFFolder(folder)
 
 
@@ -80,3 +80,51 @@ def test_values_that_are_no_numbers_are_named(value: float, tiny_checkpoint: Any
         HFFolder(folder).read(name, slice(2, 4))
     assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: tensor {name} holds 1 values that are NaN")
     HFFolder(folder).read(name, slice(4, 8))
+
+
+def test_the_refusal_of_a_pickle_names_a_command_that_converts_it(folder: Path, tmp_path: Path) -> None:
+    """Run as people would paste it, but for the shell and the process."""
+    import shlex
+    import sys
+    from unittest.mock import patch
+
+    import torch
+
+    expected = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model.bin is a pickle") as caught:
+        HFFolder(folder)
+    python, flag, code, *arguments = shlex.split(str(caught.value).splitlines()[1])
+    assert (python, flag) == ("python", "-c")
+    with patch.object(sys, "argv", ["-c", *arguments]):
+        exec(code, {})
+    converted = HFFolder(Path(arguments[1]))
+    assert converted.names == set(expected)
+    assert all(torch.equal(converted.read(name), expected[name]) for name in expected)
+    assert (Path(arguments[1]) / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tensors_may_lie_in_any_file_in_any_order(seed: int, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    import random
+
+    import torch
+
+    from megatron_tspin.models.hf_config import read_architecture
+
+    source = tiny_checkpoint("untied")
+    tensors = load_file(source / "model.safetensors")
+    names = list(tensors)
+    random.Random(seed).shuffle(names)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    listed = {name: f"model-{index % 3 + 1:05d}-of-00003.safetensors" for index, name in enumerate(names)}
+    for file in set(listed.values()):
+        save_file({name: tensors[name] for name in names if listed[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    found = HFFolder(folder)
+    found.check(read_architecture(folder))
+    assert all(torch.equal(found.read(name), tensors[name]) for name in names)
+    assert {name: found.file(name).name for name in names} == listed
