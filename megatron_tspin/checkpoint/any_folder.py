@@ -101,8 +101,13 @@ def check_summary(core: CoreFolder, architecture: Architecture) -> None:
     """Demands that a distributed checkpoint is of an architecture, as far as its manifest says.
 
     Raises:
-        InputError: Names every fact that differs, or the tensors that are not there.
+        InputError: Names every fact that differs, or the tensors that are not there; or it has experts.
     """
+    if architecture.experts is not None:
+        raise InputError(
+            f"{core.folder}: of a mixture of experts ({architecture.folder}), whose tensors in a distributed "
+            "checkpoint are not taken apart here; export it (`tspin export`) and give the HF folder"
+        )
     saved = core.manifest["facts"]["architecture"]
     different = {name: (value, getattr(architecture, name, None)) for name, value in saved.items()}
     lines = [f"{name} is {one} there and {two} here" for name, (one, two) in different.items() if one != two]

@@ -28,7 +28,7 @@ def saved_name(core: str, names: Container[str]) -> str:
     found = LAYER.match(core)
     if found is None or core in names:
         return core
-    part = core[found.end() :].replace("mlp.experts.local_experts.", "mlp.experts.experts.")
+    part = core[found.end() :]
     return found[0] + _SAVED_NAMES.get(part, part)
 
 

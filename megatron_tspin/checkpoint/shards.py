@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron_tspin.checkpoint.rectangles import rectangles
 from megatron_tspin.models.policy import PolicyModel
 
-# A name of its own for each layer and each expert, counted through the whole network.
-_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": True}
+_METADATA = {"non_homogeneous_layers": True}  # a name of its own for each layer, counted through the whole network
+_WITH_EXPERTS = {**_METADATA, "singleton_local_shards": True}  # and for each expert
 
 
 def bare_policies(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[PolicyModel]:
@@ -34,7 +34,8 @@ def sharded_parameters(policies: Sequence[PolicyModel]) -> dict[str, Any]:
 
     Objects that layers add for Transformer Engine are left out: they are pickles, and empty here.
     """
-    trees = [policy.sharded_state_dict(metadata=dict(_METADATA)) for policy in policies]
+    metadata = _METADATA if policies[0].architecture.experts is None else _WITH_EXPERTS
+    trees = [policy.sharded_state_dict(metadata=dict(metadata)) for policy in policies]
     return {leaf.key: leaf for tree in trees for leaf in tree.values() if isinstance(leaf.data, torch.nn.Parameter)}
 
 

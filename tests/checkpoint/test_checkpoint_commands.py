@@ -297,3 +297,11 @@ def test_sizes_that_people_write() -> None:
     for text in ("", "GB", "0", "-1", "5iB", "5XB"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no size; write 5GB, 512MiB or a number of bytes"):
             byte_count(text)
+
+
+def test_experts_of_a_distributed_checkpoint(saved: Any, tiny_checkpoint: Any, capsys: Any) -> None:
+    core, hf = saved("qwen3_moe", "TP1"), tiny_checkpoint("qwen3_moe")
+    assert main(["checkpoint", "verify", str(core)]) == 0
+    assert main(["checkpoint", "diff", str(core), str(core)]) == 0
+    assert main(["checkpoint", "diff", str(core), str(hf)]) == 2
+    assert "of a mixture of experts" in capsys.readouterr().err
