@@ -8,8 +8,8 @@ What makes it fair: all sides read the same files from the page cache, which is 
 reading is that of two processes at once, each of half the bytes, front to back, into memory of its own that is as fresh
 from the system as a rank's parameters are; the rate into one small buffer, where nothing is kept, stands beside it.
 Ranks have one thread each; transformers loads the whole model in one process with two, and is timed twice: it maps the
-files, so it returns before it has read them, and so every page of its parameters is read once in the second line. With `--cold` the files are
-dropped from the page cache instead, before each measurement of every side.
+files and returns before it has read them, so for the second line every page of its parameters is read once. With
+`--cold` the files are dropped from the page cache instead, before each measurement of every side.
 
 The last line printed is `extra MiB per rank: N, fraction of read rate: N.NN`: the peak of a rank's resident set above
 its shard, and the rate of loading over that of plain reading, both of the rank that does worse.
@@ -173,7 +173,7 @@ def report(result: dict[str, Any]) -> None:
                 f"{seconds:.2f}",
                 f"{sides[name][0][0]['read'] / _GB:.2f}",
                 f"{min(rates):.2f}",
-                share,
+                f"{min(rates) / min(plain):.2f}" if compared else ABSENT,
                 ABSENT if name.startswith("read") else f"{extra:.0f}",
             ]
         )
