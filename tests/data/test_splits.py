@@ -97,13 +97,14 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path, config_of: Confi
 
 
 def test_prompts_that_come_twice_are_told_with_their_lines(
-    config_of: ConfigOf, caplog: pytest.LogCaptureFixture
+    config_of: ConfigOf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_tspin"), "propagate", True)  # a command may have run before
     twice = [*lines(3), *lines(2), {"prompt": "question 1", "response": "another"}]
     for number, line in enumerate(twice):
         line["id"] = str(number)
     config = config_of(twice, lines(1))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="megatron_tspin"):
         tokenize_run(config)
     assert (
         f"train: 2 prompts of {config.data.annotated} come more than once, in 5 of 6 examples, 4 of which share the "
