@@ -173,7 +173,7 @@ def test_conversion_without_a_run(calls: Calls, monkeypatch: pytest.MonkeyPatch)
     assert main(["convert", *flags, "--verify", "--verify-data", "d", "--bound", "1e-3"]) == 0
     assert calls.last == ("convert_checkpoint", (Path("hf"), Path("out"), layout, True, Path("d"), 1e-3))
     assert main(["export", "--load", "core", *flags]) == 0
-    assert calls.last == ("export_checkpoint", (Path("core"), Path("hf"), Path("out"), layout))
+    assert calls.last == ("export_checkpoint", (Path("core"), Path("hf"), Path("out"), layout, None, None))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def given(action: argparse.Action, world: Path) -> list[str]:
         return [action.option_strings[-1]]
     if action.choices is not None:
         return [action.option_strings[0], list(action.choices)[-1]]
-    number = action.metavar in ("N", "X")
+    number = action.metavar in ("N", "X", "SIZE")
     return [action.option_strings[0], "2" if number else str(world / "named")]
 
 
