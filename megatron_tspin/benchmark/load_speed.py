@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_tspin.models.policy import PolicyModel
     from megatron_tspin.parallel import Topology
 
@@ -28,12 +30,14 @@ class Loading:
 
     Attributes:
         seconds: Wall-clock.
+        cpu_seconds: Of all threads, in the kernel too: what others on the machine cannot stretch.
         read: Bytes of the files that were asked for.
         kept: Bytes of the weights that are in memory afterwards.
         extra_mib: Peak of the resident set above what the process held before and `kept`.
     """
 
     seconds: float
+    cpu_seconds: float
     read: int
     kept: int
     extra_mib: float
@@ -63,50 +67,66 @@ def drop_cache(folder: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_plainly(folder: Path, rank: int, size: int, keep: bool) -> Loading:
+def read_plainly(folder: Path, rank: int, size: int, room: "Tensor | None") -> Loading:
     """Reads one of `size` equal parts of the files' bytes, front to back.
 
     Args:
         folder: The HF folder.
         rank: Which part.
         size: How many there are.
-        keep: Into memory of its own, fresh from the system as that of weights is; else into one small buffer.
+        room: Where to, of `room_for`; None keeps nothing and reads into one small buffer.
     """
-    import torch
-
     paths = weights_of(folder)
     total = sum(path.stat().st_size for path in paths)
     first, last = total * rank // size, total * (rank + 1) // size
-    room = torch.empty(last - first if keep else _PLAIN_BYTES, dtype=torch.uint8)
-    view = room.numpy().data
-    started = time.perf_counter()
+    view = memoryview(bytearray(_PLAIN_BYTES)) if room is None else room.numpy().data
+    started, busy = time.perf_counter(), time.process_time()
     begin = 0
     for path in paths:
-        length = path.stat().st_size
-        low, high = max(first - begin, 0), min(last - begin, length)
+        low, high = max(first - begin, 0), min(last - begin, path.stat().st_size)
         with path.open("rb", buffering=0) as stream:
             for offset in range(low, high, _PLAIN_BYTES):
                 count = min(_PLAIN_BYTES, high - offset)
-                place = begin + offset - first if keep else 0
+                place = 0 if room is None else begin + offset - first
                 done = os.preadv(stream.fileno(), [view[place : place + count]], offset)
                 assert done == count, f"{path}: {done} of {count} bytes at {offset}"
-        begin += length
-    return Loading(time.perf_counter() - started, last - first, last - first if keep else 0, 0.0)
+        begin += path.stat().st_size
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
+    return Loading(seconds, cpu_seconds, last - first, 0 if room is None else last - first, 0.0)
 
 
-def load_policy_weights(folder: Path, topology: "Topology", bf16: bool = True) -> "tuple[Loading, PolicyModel]":
-    """Builds this rank's part of the policy, and measures the loading of its weights alone."""
-    from megatron_tspin.checkpoint.hf_weights import load_hf
+def room_for(folder: Path, size: int) -> "Tensor":
+    """Memory for one of `size` equal parts of the files' bytes, as fresh from the system as that of weights is."""
+    import torch
+
+    return torch.empty(sum(path.stat().st_size for path in weights_of(folder)) // size + 1, dtype=torch.uint8)
+
+
+def build(folder: Path, topology: "Topology", bf16: bool = True) -> "PolicyModel":
+    """This rank's part of the policy, its weights still undefined."""
     from megatron_tspin.config import ParallelSection, TrainingSection
     from megatron_tspin.config_precision import PrecisionSection
     from megatron_tspin.models.build import build_policy
     from megatron_tspin.models.hf_config import read_architecture
 
     parallel = ParallelSection(tensor_model_parallel_size=topology.tp_size)
-    model = build_policy(read_architecture(folder), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)
+    return build_policy(read_architecture(folder), parallel, TrainingSection(), PrecisionSection(bf16=bf16), topology)
+
+
+def load_weights(folder: Path, model: "PolicyModel", topology: "Topology", fresh: bool = True) -> Loading:
+    """Measures the loading of a policy's weights.
+
+    Args:
+        folder: The HF folder.
+        model: This rank's part.
+        topology: This rank's place.
+        fresh: Its parameters are not in memory yet.
+    """
+    from megatron_tspin.checkpoint.hf_weights import load_hf
+
     kept = sum(parameter.nbytes for parameter in model.parameters())
     total = sum(path.stat().st_size for path in weights_of(folder))
-    return _measured(lambda: load_hf(model, topology), total // topology.tp_size, kept), model
+    return _measured(lambda: load_hf(model, topology), total // topology.tp_size, kept if fresh else 0)
 
 
 def load_by_transformers(folder: Path, read_all: bool) -> Loading:
@@ -134,40 +154,52 @@ def _measured(load: Callable[[], Any], read: int, kept: int) -> Loading:
     from megatron_tspin.benchmark.memory import PeakMemory
 
     memory = PeakMemory()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     result = load()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
     peak = memory.peak_mib()
     above_end = peak + memory.held_mib - PeakMemory().held_mib
     del result
-    return Loading(seconds, read, kept, max(peak - kept / _MIB, above_end))
+    return Loading(seconds, cpu_seconds, read, kept, max(peak - kept / _MIB, above_end))
 
 
 def serve_rank(connection: Connection, folder: Path, rank: int, size: int) -> None:
-    """The life of a rank: `read`, `read_again` (into a buffer), `load`, `load_fp32`, `export TARGET`."""
+    """The life of a rank: does what it is told by name, see `_do`."""
     from megatron_tspin.config import ParallelSection
     from megatron_tspin.parallel import distributed
 
     with distributed(ParallelSection(tensor_model_parallel_size=size)) as topology:
-        load_policy_weights(folder, topology)  # once, so that nothing is imported while time is taken
+        held: dict[str, Any] = {}
+        for action in ("load", "load_again"):  # so that nothing is imported while time is taken
+            _do(action, folder, topology, held)
         connection.send((True, None))
         while True:
             action, *arguments = connection.recv()
-            if action == "read":
-                answer = read_plainly(folder, rank, size, keep=True)
-            elif action == "read_again":
-                answer = read_plainly(folder, rank, size, keep=False)
-            elif action == "export":
-                answer = _export(folder, arguments[0], topology)
-            else:
-                answer, _ = load_policy_weights(folder, topology, bf16=action == "load")
-            connection.send((True, asdict(answer)))
+            connection.send((True, asdict(_do(action, folder, topology, held, *arguments))))
 
 
-def _export(folder: Path, target: Path, topology: "Topology") -> Loading:
+def _do(action: str, folder: Path, topology: "Topology", held: dict[str, Any], target: Path | None = None) -> Loading:
+    """One measurement; what ends in `_again` goes where the one before it went, and lets it go."""
+    rank, size = topology.rank, topology.world_size
+    if action == "read":
+        held["room"] = room_for(folder, size)
+        return read_plainly(folder, rank, size, held["room"])
+    if action == "read_again":
+        return read_plainly(folder, rank, size, held.pop("room"))
+    if action == "read_nowhere":
+        return read_plainly(folder, rank, size, None)
+    if action == "load_again":
+        return load_weights(folder, held.pop("model"), topology, fresh=False)
+    model = build(folder, topology, bf16=action != "load_fp32")
+    if action == "load_fp32":
+        return load_weights(folder, model, topology)
+    loading = load_weights(folder, model, topology)
+    if action == "load":
+        held["model"] = model
+        return loading
+    assert action == "export" and target is not None, action
     from megatron_tspin.checkpoint.hf_weights import export_hf
 
-    loading, model = load_policy_weights(folder, topology)
     return _measured(lambda: export_hf(model, topology, folder, target), loading.read, 0)
 
 
