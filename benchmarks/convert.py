@@ -2,16 +2,16 @@
 
     python benchmarks/convert.py --quick
 
-Writes a random Llama of 1.24 B parameters in bf16 (the shape of Llama-3.2-1B; with --quick half its layers, 0.75 B), and
-loads it into two ranks at TP 2.
+Writes a random Llama of 1.24 B parameters in bf16 (the shape of Llama-3.2-1B; with --quick half its layers, 0.75 B),
+and loads it into two ranks at TP 2.
 
 What makes it fair: all sides read the same files from the page cache, which is filled before each measurement. Plain
 reading is that of two processes at once, each of half the bytes, front to back. Memory that is fresh from the system
 costs far more than reading does, so each rate is taken twice: into fresh memory, as parameters are when a policy was
 just built, and once more into the same memory. The rate into one small buffer, where nothing is kept, stands beside it.
-Rates are those of the best round. Ranks have one thread each; transformers loads the whole model in one process with two, and is timed twice: it maps the
-files and returns before it has read them, so for the second line every page of its parameters is read once. With
-`--cold` the files are dropped from the page cache instead, before each measurement of every side.
+Rates are those of the best round. Ranks have one thread each; transformers loads the whole model in one process with
+two, and is timed twice: it maps the files and returns before it has read them, so for the second line every page of its
+parameters is read once. With `--cold` the files are dropped from the page cache instead, before each measurement.
 
 The last line printed is `extra MiB per rank: N, fraction of read rate: N.NN`: the peak of a rank's resident set above
 its shard, and the rate of loading over that of plain reading, both into fresh memory, of the rank that does worse.
@@ -68,6 +68,7 @@ _SIDES = {
     "export": "ours, export to HF",
 }
 """What is measured, in the order in which a round does it."""
+_COLUMNS = ("side", "processes", "seconds", "CPU s", "GB each", "GB/s each", "of plain reads", "extra MiB each")
 Measurements = dict[str, list[list[dict[str, Any]]]]
 """Of each side, of each round, of each of its processes."""
 

@@ -135,8 +135,9 @@ def export_hf(
 ) -> None:
     """Writes the policy as an HF checkpoint, all ranks together.
 
-    One parameter at a time travels to rank 0, which writes files of at most `shard_bytes` bytes (more only for a single
-    larger tensor). Everything but the weights is copied from `source_hf`. The folder appears whole or not at all.
+    One rank's part of a parameter at a time travels to rank 0, which writes files of at most `shard_bytes` bytes (more
+    only for a single larger tensor). Everything but the weights is copied from `source_hf`. The folder appears whole or
+    not at all.
 
     Args:
         model: This rank's part.
@@ -168,9 +169,9 @@ def export_hf(
             total = sum(num_bytes(*size) for size in sizes.values())
             with progress_bar("write HF weights", total, "B") as bar:
                 for entry in order:
-                    for name, tensor in _gather(entry, local, model.architecture, topology).items():
-                        writer.add(name, tensor)
-                        bar.update(num_bytes(*sizes[name]))
+                    for name, row, values in _gather(entry, local, model.architecture, topology):
+                        writer.add(name, values, row)
+                        bar.update(values.numel() * sizes[name][1].itemsize)
             writer.finish(source_hf, dtype)
             complete(folder)
             if target.is_dir():
@@ -198,10 +199,14 @@ def _owner(entry: Entry, architecture: Architecture, topology: Topology) -> int:
 
 def _gather(
     entry: Entry, local: dict[str, torch.nn.Parameter], architecture: Architecture, topology: Topology
-) -> dict[str, Tensor]:
-    """The HF tensors of a weight, whole, on the CPU; on rank 0."""
+) -> Iterator[tuple[str, int, Tensor]]:
+    """The HF tensors of a weight, on rank 0: name, first row and rows, one rank's part after the other.
+
+    Where TP splits columns, a tensor comes whole, and once its last part is there.
+    """
     like = next(iter(local.values()))
-    whole = [torch.empty(shape, dtype=like.dtype) for shape in entry.layout.shapes]
+    by_columns = entry.layout.split is Split.COLUMNS
+    whole = [torch.empty(shape, dtype=like.dtype) for shape in entry.layout.shapes] if by_columns else []
     stage = stage_of(entry.core, architecture, topology.pp_size)
     shape = entry.core_shape(topology.tp_size)
     for tp_rank in range(1 if entry.layout.split is Split.NONE else topology.tp_size):
@@ -215,6 +220,9 @@ def _gather(
             part = torch.empty(shape, dtype=like.dtype, device=like.device)
             dist.recv(part, src=rank)
         for begin, piece in entry.ranges(tp_rank, topology.tp_size):
-            length = piece.stop - piece.start
-            whole[piece.source].narrow(entry.dim, piece.start, length).copy_(part.narrow(entry.dim, begin, length))
-    return dict(zip(entry.hf, whole, strict=True))
+            values = part.narrow(entry.dim, begin, piece.stop - piece.start)
+            if by_columns:
+                whole[piece.source].narrow(entry.dim, piece.start, piece.stop - piece.start).copy_(values)
+            else:
+                yield entry.hf[piece.source], piece.start, values
+    yield from ((name, 0, values) for name, values in zip(entry.hf, whole, strict=by_columns))

@@ -16,11 +16,11 @@ _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # config, tokenizer, c
 
 
 class HFWriter:
-    """Takes tensors one by one, in the order announced, and writes each to its shard at once.
+    """Takes tensors or rows of them, and writes each to its shard at once.
 
     Args:
         folder: Is created.
-        sizes: Shape and dtype of every tensor that will come, in order.
+        sizes: Shape and dtype of every tensor that will come, in the order in which shards are filled.
         shard_bytes: Most bytes of a shard; a single larger tensor gets a shard of its own.
     """
 
@@ -30,21 +30,20 @@ class HFWriter:
         self._sizes = sizes
         self._shards = _plan(sizes, shard_bytes)
         self._file_of = {name: file for file, names in self._shards.items() for name in names}
-        self._open: SafetensorsStream | None = None
+        self._open: dict[str, SafetensorsStream] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor; it is cast to the announced dtype.
+    def add(self, name: str, values: Tensor, row: int = 0) -> None:
+        """Takes a tensor, or rows of it from number `row` on; they are cast to the announced dtype.
 
         Raises:
-            InputError: That dtype cannot hold one of its values.
+            InputError: That dtype cannot hold one of the values.
         """
-        if self._open is None:
-            file = self._file_of[name]
-            self._open = SafetensorsStream(
-                self._folder / file, {each: self._sizes[each] for each in self._shards[file]}
-            )
-        if self._open.add(name, tensor):
-            self._open = None
+        file = self._file_of[name]
+        if file not in self._open:
+            inside = {each: self._sizes[each] for each in self._shards[file]}
+            self._open[file] = SafetensorsStream(self._folder / file, inside)
+        if self._open[file].add(name, values, row):
+            del self._open[file]
 
     def finish(self, source: Path, dtype: torch.dtype | None) -> None:
         """Writes the index if there are several shards, and copies the files beside the weights of `source`.
@@ -53,7 +52,7 @@ class HFWriter:
             source: An HF folder.
             dtype: Written into config.json; None leaves its bytes alone.
         """
-        assert self._open is None, f"{self._open.path} lacks tensors that were announced"
+        assert not self._open, f"{sorted(self._open)} lack tensors that were announced"
         if len(self._shards) > 1:
             total = sum(num_bytes(*size) for size in self._sizes.values())
             write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self._file_of})

@@ -30,7 +30,7 @@ def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 class SafetensorsStream:
-    """A file that takes tensors in any order; it is whole once it has all of them.
+    """A file that takes tensors, or rows of them, in any order; it is whole once it has all of them.
 
     Args:
         path: The file.
@@ -40,7 +40,7 @@ class SafetensorsStream:
     def __init__(self, path: Path, sizes: Sizes) -> None:
         self.path = path
         self._sizes = sizes
-        self._missing = set(sizes)
+        self._missing = sum(prod(shape) for shape, _ in sizes.values())
         tree: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._begins: dict[str, int] = {}
         begin = 0
@@ -55,27 +55,28 @@ class SafetensorsStream:
         self._stream = path.open("wb", buffering=0)
         self._write(len(header).to_bytes(8, "little") + header, 0)
 
-    def add(self, name: str, tensor: Tensor) -> bool:
-        """Writes a tensor, cast to its announced dtype; True if it was the last.
+    def add(self, name: str, values: Tensor, row: int = 0) -> bool:
+        """Writes rows of a tensor, cast to its announced dtype, from number `row` on; True if nothing is missing now.
 
         Raises:
             InputError: A value is finite, but not in that dtype.
         """
         shape, dtype = self._sizes[name]
-        assert tuple(tensor.shape) == shape, f"{name}: {list(tensor.shape)}, announced {list(shape)}"
-        self._missing.remove(name)
-        offset = self._first + self._begins[name]
-        flat = tensor.detach().contiguous().view(-1)
+        width = tuple(values.shape[1:])
+        assert width == shape[1:] and (not shape or row + len(values) <= shape[0]), f"{name}: {list(values.shape)}"
+        offset = self._first + self._begins[name] + row * num_bytes(width, dtype)
+        flat = values.detach().reshape(-1)
         for begin in range(0, flat.numel(), _ELEMENTS_AT_ONCE):
-            values = flat[begin : begin + _ELEMENTS_AT_ONCE]
-            cast = values.to(dtype).cpu()
-            if dtype != values.dtype and not cast.isfinite().all():
+            piece = flat[begin : begin + _ELEMENTS_AT_ONCE]
+            cast = piece.to(dtype).cpu()
+            if dtype != piece.dtype and not cast.isfinite().all():
                 raise InputError(
-                    f"{self.path}: tensor {name} holds {float(values.abs().max()):g}, which {_NAMES[dtype]} cannot; "
+                    f"{self.path}: tensor {name} holds {float(piece.abs().max()):g}, which {_NAMES[dtype]} cannot; "
                     "choose another dtype"
                 )
             self._write(cast.view(torch.uint8).numpy().data, offset)
             offset += cast.nbytes
+        self._missing -= flat.numel()
         if not self._missing:
             self._stream.close()
         return not self._missing

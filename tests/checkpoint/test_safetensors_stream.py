@@ -33,6 +33,15 @@ def test_the_bytes_are_those_of_safetensors(tmp_path: Path) -> None:
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
+def test_rows_in_any_order(tmp_path: Path) -> None:
+    values = torch.randn(10, 3)
+    stream = SafetensorsStream(tmp_path / "f", {"a": ((10, 3), torch.float32), "v": ((10,), torch.bfloat16)})
+    steps = [("a", values, 7, 10), ("v", values[:, 0], 0, 4), ("a", values, 0, 7), ("v", values[:, 0], 4, 10)]
+    assert [stream.add(name, of[low:high], low) for name, of, low, high in steps] == [False] * 3 + [True]
+    save_file({"a": values, "v": values[:, 0].bfloat16()}, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_any_part_reaches_any_target(tmp_path: Path, stored: Any, dtype: Any) -> None:
