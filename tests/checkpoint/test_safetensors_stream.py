@@ -85,3 +85,18 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         stream.truncate(200)
     with pytest.raises(ArtifactError, match="ends at byte 200; it became shorter while it was read"):
         file.read_into(torch.empty(100), "a")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dim", [0, 1])
+def test_reading_takes_no_memory_but_the_target_and_a_buffer(tmp_path: Path, dim: int) -> None:
+    from megatron_tspin.benchmark.memory import PeakMemory
+
+    rows, columns = 2048, 6144  # 24 MiB
+    save_file({"a": torch.ones(rows, columns, dtype=torch.bfloat16)}, tmp_path / "f")
+    file = SafetensorsFile(tmp_path / "f")
+    target = torch.zeros((rows // 2, columns) if dim == 0 else (rows, columns // 2))
+    file.read_into(target, "a", slice(0, target.shape[dim]), dim)
+    memory = PeakMemory()
+    file.read_into(target, "a", slice(0, target.shape[dim]), dim)
+    assert memory.peak_mib() < 8 and float(target.mean()) == 1
