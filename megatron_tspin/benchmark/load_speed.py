@@ -7,7 +7,7 @@ page cache, which is filled before each measurement; or all of them from the dis
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ class Loading:
     Attributes:
         seconds: Wall-clock.
         cpu_seconds: Of all threads, in the kernel too: what others on the machine cannot stretch.
-        read: Bytes of the files that were asked for.
+        read: Bytes of the files that were asked for, or written.
         kept: Bytes of the weights that are in memory afterwards.
         extra_mib: Peak of the resident set above what the process held before and `kept`.
     """
@@ -93,6 +93,19 @@ def read_plainly(folder: Path, rank: int, size: int, room: "Tensor | None") -> L
         begin += path.stat().st_size
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
     return Loading(seconds, cpu_seconds, last - first, 0 if room is None else last - first, 0.0)
+
+
+def write_plainly(target: Path, size: int) -> Loading:
+    """Writes so many bytes to a new file, and waits until they are on the disk."""
+    piece = os.urandom(_PLAIN_BYTES)
+
+    def write() -> None:
+        with target.open("wb", buffering=0) as stream:
+            for begin in range(0, size, _PLAIN_BYTES):
+                stream.write(piece[: size - begin])
+            os.fsync(stream.fileno())
+
+    return replace(_measured(write, size, 0), extra_mib=0.0)
 
 
 def room_for(folder: Path, size: int) -> "Tensor":
@@ -188,6 +201,8 @@ def _do(action: str, folder: Path, topology: "Topology", held: dict[str, Any], t
         return read_plainly(folder, rank, size, held.pop("room"))
     if action == "read_nowhere":
         return read_plainly(folder, rank, size, None)
+    if action == "write" and target is not None:
+        return write_plainly(target, sum(path.stat().st_size for path in weights_of(folder)))
     if action == "load_again":
         return load_weights(folder, held.pop("model"), topology, fresh=False)
     model = build(folder, topology, bf16=action != "load_fp32")
@@ -200,7 +215,7 @@ def _do(action: str, folder: Path, topology: "Topology", held: dict[str, Any], t
     assert action == "export" and target is not None, action
     from megatron_tspin.checkpoint.hf_weights import export_hf
 
-    return _measured(lambda: export_hf(model, topology, folder, target), loading.read, 0)
+    return _measured(lambda: export_hf(model, topology, folder, target), loading.read * size, 0)
 
 
 def serve_transformers(connection: Connection, folder: Path) -> None:
