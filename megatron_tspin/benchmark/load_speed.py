@@ -177,21 +177,23 @@ def _measured(load: Callable[[], Any], read: int, kept: int) -> Loading:
 
 
 def serve_rank(connection: Connection, folder: Path, rank: int, size: int) -> None:
-    """The life of a rank: does what it is told by name, see `_do`."""
+    """The life of a rank: does what it is told by name, see `perform`."""
     from megatron_tspin.config import ParallelSection
     from megatron_tspin.parallel import distributed
 
     with distributed(ParallelSection(tensor_model_parallel_size=size)) as topology:
         held: dict[str, Any] = {}
         for action in ("load", "load_again"):  # so that nothing is imported while time is taken
-            _do(action, folder, topology, held)
+            perform(action, folder, topology, held)
         connection.send((True, None))
         while True:
             action, *arguments = connection.recv()
-            connection.send((True, asdict(_do(action, folder, topology, held, *arguments))))
+            connection.send((True, asdict(perform(action, folder, topology, held, *arguments))))
 
 
-def _do(action: str, folder: Path, topology: "Topology", held: dict[str, Any], target: Path | None = None) -> Loading:
+def perform(
+    action: str, folder: Path, topology: "Topology", held: dict[str, Any], target: Path | None = None
+) -> Loading:
     """One measurement; what ends in `_again` goes where the one before it went, and lets it go."""
     rank, size = topology.rank, topology.world_size
     if action == "read":

@@ -10,13 +10,13 @@ from tests.rank_pool import in_layout
 
 
 def all_actions(folder: Path, target: Path) -> dict[str, dict[str, Any]]:
-    from megatron_tspin.benchmark.load_speed import _do
+    from megatron_tspin.benchmark.load_speed import perform
 
     held: dict[str, Any] = {}
     actions = ("read", "load", "read_again", "load_again", "read_nowhere", "load_fp32", "write", "export")
     with in_layout(ParallelSection(tensor_model_parallel_size=2)) as topology:
         files = {"export": target, "write": target.with_name(f"plain{topology.rank}")}
-        found = {name: asdict(_do(name, folder, topology, held, files.get(name))) for name in actions}
+        found = {name: asdict(perform(name, folder, topology, held, files.get(name))) for name in actions}
     assert not held
     return found
 
