@@ -75,13 +75,13 @@ def _average_core(found: list[CoreFolder], target: Path) -> None:
         one, two = (each.manifest["facts"]["architecture"] for each in (first, other))
         facts = {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
         _refuse_others(first.folder, other.folder, facts, first.headers, other.headers)
-    with CoreWriter(target) as writer:
+    with CoreWriter(target, first) as writer:
         for name in track(first.headers, "average", len(first.headers), "tensor"):
             mean = _mean(name, found)
             for part in first.parts_of(name):
                 writer.add(part.file, name, tuple(mean.shape), part.offset, mean[part.where])
         state = {"averaged": [str(each.folder.resolve()) for each in found]}
-        writer.finish(first, {}, state)
+        writer.finish({}, state)
 
 
 def _mean(name: str, found: Sequence[Weights]) -> Tensor:

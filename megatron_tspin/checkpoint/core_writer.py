@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_tspin.checkpoint.core_folder import CoreFolder
 from megatron_tspin.checkpoint.manifest import describe_files, write_manifest
+from megatron_tspin.errors import InputError
 
 _COPIED = ("common.pt", "metadata.json")  # say which format it is, and nothing of the weights
 
@@ -35,11 +36,23 @@ class CoreWriter:
 
     Args:
         folder: Is created.
+        like: A checkpoint of the same network, which gives the files that say what format this is.
+
+    Raises:
+        InputError: `like` has these facts elsewhere, as megatron-core 0.19 keeps them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, like: CoreFolder) -> None:
+        absent = [name for name in _COPIED if not (like.folder / name).is_file()]
+        if absent:
+            raise InputError(
+                f"{like.folder}: has no {', '.join(absent)}: saved by megatron-core "
+                f"{like.manifest['facts']['megatron_core']}, whose checkpoints are read here but not written; it loads "
+                "under any layout as it is"
+            )
         folder.mkdir(parents=True)
         self._folder = folder
+        self._like = like
         self._streams: dict[str, IO[bytes]] = {}
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
@@ -76,11 +89,10 @@ class CoreWriter:
         whole.chunks.append(ChunkStorageMetadata(torch.Size(offset), values.shape))
         self._places[place] = _StorageInfo(file, begin, stream.tell() - begin)
 
-    def finish(self, like: CoreFolder, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def finish(self, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Writes the metadata and the manifest, after which the folder is a checkpoint.
 
         Args:
-            like: A checkpoint of the same network, which gives the files that say what format this is.
             facts: What is so of this checkpoint alone; without an optimizer.
             state: Small and JSON-able.
         """
@@ -91,13 +103,12 @@ class CoreWriter:
         with (self._folder / ".metadata").open("wb") as stream:
             pickle.dump(metadata, stream)
         for name in _COPIED:
-            if (like.folder / name).is_file():
-                shutil.copyfile(like.folder / name, self._folder / name)
+            shutil.copyfile(self._like.folder / name, self._folder / name)
         names = sorted(os.listdir(self._folder))
         weights_only = {"optimizer": None, "delayed_scaling": None, "torch": torch.__version__}
         write_manifest(
             self._folder,
             describe_files(self._folder, names),
-            {**like.manifest["facts"], **weights_only, **facts},
+            {**self._like.manifest["facts"], **weights_only, **facts},
             dict(state),
         )

@@ -50,7 +50,7 @@ def reshard_core(source: Path, hf_checkpoint: Path, layout: ParallelSection, tar
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     lines = {saved_name(entry.core, found.headers): entry for entry in tensors(architecture)}
     order = list(dict.fromkeys(part.name for part in found.parts))  # the ranks', which is not the table's
-    with atomic_path(target) as folder, CoreWriter(folder) as writer:
+    with atomic_path(target) as folder, CoreWriter(folder, found) as writer:
         for name in track(order, "reshard", len(order), "tensor"):
             entry = lines[name]
             whole = _padded(found.read(name), entry, tp)
@@ -60,7 +60,7 @@ def reshard_core(source: Path, hf_checkpoint: Path, layout: ParallelSection, tar
                 offset[entry.dim] = begin
                 block = whole.narrow(entry.dim, begin, size)
                 writer.add(f"__{first + rank}_0.distcp", name, tuple(whole.shape), tuple(offset), block)
-        writer.finish(found, {"layout": {"tp": tp, "pp": pp, "dp": 1, "cp": 1}}, found.manifest["state"])
+        writer.finish({"layout": {"tp": tp, "pp": pp, "dp": 1, "cp": 1}}, found.manifest["state"])
 
 
 def _padded(whole: Tensor, entry: Entry, tp: int) -> Tensor:

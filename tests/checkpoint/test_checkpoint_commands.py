@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_tspin.checkpoint.core_folder import CoreFolder
 from megatron_tspin.checkpoint.hf_folder import HFFolder
-from megatron_tspin.checkpoint.manifest import verify_checkpoint
+from megatron_tspin.checkpoint.manifest import verify_checkpoint, write_manifest
 from megatron_tspin.cli.main import main
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError
@@ -277,6 +277,17 @@ def test_flags_of_the_other_kind_are_refused(tiny_checkpoint: Any, saved: Any, t
     ):
         assert main(["checkpoint", "reshard", str(folder), "--save", str(tmp_path / "out"), flag]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_facts_lie_elsewhere_is_not_written_anew(saved: Any, tmp_path: Path, capsys: Any) -> None:
+    folder = Path(shutil.copytree(saved("tied", "TP1"), tmp_path / "core"))
+    (folder / "common.pt").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["common.pt"]
+    write_manifest(folder, manifest["files"], manifest["facts"], manifest["state"])
+    assert main(["checkpoint", "reshard", str(folder), "--save", str(tmp_path / "out")]) == 2
+    assert "has no common.pt: saved by megatron-core" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["checkpoint", "diff", str(folder), str(saved("tied", "TP2"))]) == 0
 
 
 def test_a_part_that_is_not_what_the_metadata_says(saved: Any, tmp_path: Path) -> None:
