@@ -42,6 +42,7 @@ _MOST_MARK = max(map(len, _OTHER_FORMATS)) + 1
 _BATCH_ROWS = 256
 _COMPRESSED_CHUNK = 1 << 16
 _LARGEST_ZSTD_WINDOW = 1 << 31  # `zstd --long=31`
+_HUB_FOLDER = "data"  # where data sets of the Hugging Face hub keep their files
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")
 
 
@@ -137,7 +138,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
         if missing or not names:
             raise InputError(f"{folder}: the saved data set lacks {', '.join(missing) or 'any data file'}")
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / _HUB_FOLDER).glob("*.parquet"))
     if not files:
         raise InputError(f"{folder}: is not a file of examples, nor a folder with Parquet files or saved by `datasets`")
     splits = {match["split"] if (match := _SHARD.match(path.name)) else path.stem for path in files}
