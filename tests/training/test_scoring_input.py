@@ -55,7 +55,7 @@ def test_bad_lines_come_at_once(tiny_checkpoint: Any, tmp_path: Path) -> None:
         read_scoring_input(make_config(tiny_checkpoint("tied")), data, 101)
     assert str(caught.value).splitlines() == [
         f"{data}:1: `response` is missing; a line needs `prompt` and `response`, or `messages`, or `prompt_ids` and "
-        "`response_ids`",
+        "`response_ids` (it has `prompt`; --response-column names another)",
         f"{data}:2: `response_ids` must be a list of one or more token ids",
         f"{data}:3: `response_ids` holds ids outside the vocabulary of 101 tokens",
         f"{data}:4: `prompt_ids` holds ids outside the vocabulary of 101 tokens",
