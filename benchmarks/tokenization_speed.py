@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
@@ -228,9 +229,8 @@ def measure(side: str, tokenizer: Path, data: Path) -> dict[str, Any]:
 
 def run_side(side: str, folder: Path, tokenizer: Path, data: Path) -> None:
     """What the process of a side does."""
-    import transformers  # noqa: F401  loaded by ours alone; a user has it loaded once, and here it is no one's time
-    from transformers import AutoTokenizer  # noqa: F401
-
+    # Only ours needs it, and a user loads it once: here it is no side's time.
+    import_module("transformers.models.auto.tokenization_auto")
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     processor = time.process_time()

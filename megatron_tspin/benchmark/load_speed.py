@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,8 +223,7 @@ def perform(
 
 def serve_transformers(connection: Connection, folder: Path) -> None:
     """The life of plain transformers: `transformers`, `transformers_all`."""
-    from transformers import AutoModelForCausalLM  # noqa: F401 (imported before time is taken)
-
+    import_module("transformers.models.auto.modeling_auto")  # before time is taken
     connection.send((True, None))
     while True:
         (action,) = connection.recv()

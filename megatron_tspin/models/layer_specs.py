@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -23,8 +23,6 @@ from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm, Sca
 from megatron_tspin.models.policy_layer import LayerPlan, PolicyLayer
 from megatron_tspin.models.scores import Scores
 from megatron_tspin.precision import in_fp8, uses_transformer_engine
-
-_Class = TypeVar("_Class", bound=type)
 
 
 def block_spec(
@@ -109,20 +107,17 @@ def norm_class(architecture: Architecture) -> type:
     return configured(RMSNorm, unit_offset=True) if architecture.norm.unit_offset else RMSNorm
 
 
-def configured(base: _Class, **given: Any) -> _Class:
+def configured(base: Any, **given: Any) -> Any:
     """The class with some arguments of its constructor given, whatever it is called with.
 
     megatron-core 0.16 builds parts from classes and specs, 0.19 from classes and functions: a class is what both take.
     It has one switch for the biases of all linears, where families differ linear by linear.
     """
 
-    class Configured(base):  # type: ignore[valid-type, misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, **given})
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **{**kwargs, **given})
 
-    Configured.__name__ = base.__name__
-    Configured.__qualname__ = base.__qualname__
-    return Configured  # type: ignore[return-value]
+    return type(base)(base.__name__, (base,), {"__init__": __init__, "__doc__": base.__doc__})
 
 
 def _te_norm() -> Any:
