@@ -345,6 +345,13 @@ class GenerationSection(Section):
     top_k: int = result(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
     max_new_tokens: int = result(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
     batch_size: int = execution(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
+    cache_gib: float | None = execution(
+        None,
+        "--tspin-generation-cache-gib",
+        "GiB of keys and values on each rank; fewer prompts are answered at once if they do not suffice. "
+        "Default: half of the memory that is free.",
+        gt=0,
+    )
     shard_size: int = execution(256, None, "Prompts in one resumable output file.", ge=1)
     tensor_model_parallel_size: int | None = execution(
         None, "--tspin-generation-tensor-model-parallel-size", "TP of generation. Default: training's.", ge=1

@@ -196,12 +196,16 @@ def wait_for_all_ranks() -> None:
         dist.barrier()
 
 
-def broadcast_within_policy(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Gives all ranks of TP x PP the values of the last stage's first TP rank, in place."""
-    if topology.tp_size * topology.pp_size > 1:
-        source = (topology.pp_size - 1) * topology.tp_size  # TP is the fastest in the order of ranks
-        dist.broadcast(tensor, group=topology.model_parallel_group, group_src=source)
-    return tensor
+def broadcast_within_policy(tensor: torch.Tensor, topology: Topology) -> Any:
+    """Gives all ranks of TP x PP the values of the last stage's first TP rank, in place.
+
+    Returns:
+        To be waited for (`wait()`) before the tensor is used; None if it is there.
+    """
+    if topology.tp_size * topology.pp_size == 1:
+        return None
+    source = (topology.pp_size - 1) * topology.tp_size  # TP is the fastest in the order of ranks
+    return dist.broadcast(tensor, group=topology.model_parallel_group, group_src=source, async_op=True)
 
 
 def broadcast_from_last_pipeline_stage(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch.utils._device import _device_constructors
 
 from megatron_tspin.errors import InputError
@@ -33,6 +34,12 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def to_device(values: NDArray[Any]) -> torch.Tensor:
+    """The numbers on this rank's device; a GPU at work is not waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device(), non_blocking=True) if has_cuda() else tensor
 
 
 def backend() -> str:

@@ -12,7 +12,9 @@ from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.errors import InputError
-from megatron_tspin.generation.engine import Engine
+from megatron_tspin.generation.backends.backend import Backend
+from megatron_tspin.generation.backends.cache_size import cache_size
+from megatron_tspin.generation.backends.engine import Engine
 from megatron_tspin.generation.sampling import Decoding
 from megatron_tspin.generation.shards import Prompt, Request, generate_shards
 from megatron_tspin.models.hf_config import read_architecture
@@ -32,6 +34,7 @@ class Player:
     config: Config
     topology: Topology
     model: PolicyModel
+    backend: Backend
     tokenizer: Tokenizer
     template: PromptTemplate
     facts: dict[str, Any]
@@ -60,12 +63,10 @@ class Player:
             decoding=self.decoding(greedy),
             seed=self.config.seed,
             purpose=purpose,
-            batch_size=settings.batch_size,
             shard_size=settings.shard_size,
             facts=self.facts,
         )
-        engine = Engine(self.model, self.topology, self.tokenizer.endings.stops)
-        return generate_shards(request, engine, self.topology, self.tokenizer, folder)
+        return generate_shards(request, self.backend, self.topology, self.tokenizer, folder)
 
     def check_lengths(self, prompts: Sequence[Prompt], source: Path) -> None:
         """Refuses prompts that leave no room for an answer; all of them in one message."""
@@ -91,4 +92,7 @@ def load_player(config: Config, layout: ParallelSection, topology: Topology, che
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "template_fingerprint": template.fingerprint,
     }
-    return Player(config, topology, model, tokenizer, template, facts)
+    settings = config.generation
+    size = cache_size(model, topology, settings.batch_size, settings.cache_gib)
+    engine = Engine(model, topology, tokenizer.endings.stops, size)
+    return Player(config, topology, model, engine, tokenizer, template, facts)

@@ -1,21 +1,22 @@
-"""Answers to many prompts as shard files, so that an interrupted generation redoes only the shard it was in.
+"""Answers to many prompts as shard files, so that an interrupted generation redoes only the shards it was in.
 
-A shard holds a fixed range of the prompts and is generated in the same batches whichever replica makes it; its digest
-lies beside it. Its ids depend on neither batches nor layout, so these may change when a folder is continued; its size
-in prompts does not. Shards are spread over DP.
+A shard holds a fixed range of the prompts and is written when all its answers are there; its digest lies beside it. Its
+ids depend on neither slots nor layout, so these may change when a folder is continued; its size in prompts does not.
+Shards are spread over DP.
 """
 
 import hashlib
 import json
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.errors import ArtifactError, StoppedError
-from megatron_tspin.generation.engine import Answer, Engine
-from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+from megatron_tspin.generation.backends.backend import Answer, Backend, PromptRequest
+from megatron_tspin.generation.sampling import Decoding, answer_seed
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import get_logger, progress_bar
 from megatron_tspin.parallel import (
@@ -40,6 +41,8 @@ class Prompt:
 
     id: str
     ids: Sequence[int]
+    sample: int = 0
+    """Number of the answer among those wanted to this prompt."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ class Request:
         decoding: How to choose tokens.
         seed: Of the run.
         purpose: Part of the key of the randomness.
-        batch_size: Prompts answered at once.
         shard_size: Prompts in a file.
         facts: What the answers depend on besides (checkpoint, tokenizer, template); kept in `settings.json`.
     """
@@ -60,7 +62,6 @@ class Request:
     decoding: Decoding
     seed: int
     purpose: str
-    batch_size: int
     shard_size: int
     facts: dict[str, Any]
 
@@ -97,7 +98,9 @@ class Request:
         return digest.hexdigest()
 
 
-def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenizer: Tokenizer, folder: Path) -> Request:
+def generate_shards(
+    asked: Request, backend: Backend, topology: Topology, tokenizer: Tokenizer, folder: Path
+) -> Request:
     """Generates the shards that are not there yet; when a rank returns, all of them are.
 
     Returns:
@@ -117,23 +120,67 @@ def generate_shards(asked: Request, engine: Engine, topology: Topology, tokenize
     mine = pending[topology.dp_rank :: topology.dp_size]
     if len(pending) < len(shards) and topology.speaks:
         _log.info("%s: %d of %d shards are already there", folder, len(shards) - len(pending), len(shards))
-    stopped = False
-    answers = sum(len(shards[number]) for number in mine)
-    with heeded(), progress_bar(request.purpose, answers, "answer", topology.speaks) as bar:
-        for number in mine:
-            stopped = any_rank_of_policy(stop_requested() is not None, topology)
-            if stopped:
-                break
-            beat(f"{request.purpose}, shard {number}")
-            lines = [response.line() for response in _answer_shard(request, shards[number], engine, tokenizer, bar)]
-            if topology.is_output_rank:
-                _write_shard(shard_path(folder, number), "".join(lines))
+    sink = _Sink(request, mine, topology, tokenizer, folder)
+    with heeded(), progress_bar(request.purpose, sink.answers_left, "answer", topology.speaks) as bar:
+        stopped = _stop_is_asked(topology)
+        if mine and not stopped:
+            beat(request.purpose)
+            with closing(backend.answers(sink.requests(), request.decoding)) as answers:
+                for index, answer in answers:
+                    bar.update(1)
+                    if sink.take(index, answer):
+                        stopped = sink.answers_left > 0 and _stop_is_asked(topology)
+                        if stopped:
+                            break
         wait_for_all_ranks()
     if any_rank(stopped, topology):
         raise StoppedError(
             f"stopped as {stop_requested() or 'another rank was'} asked: the whole shards of {request.purpose} are kept"
         )
     return request
+
+
+def _stop_is_asked(topology: Topology) -> bool:
+    return any_rank_of_policy(stop_requested() is not None, topology)
+
+
+class _Sink:
+    """Takes answers in any order; writes a shard when its last answer is there."""
+
+    def __init__(
+        self, request: Request, numbers: Sequence[int], topology: Topology, tokenizer: Tokenizer, folder: Path
+    ) -> None:
+        shards = request.shards()
+        self._request, self._topology, self._tokenizer, self._folder = request, topology, tokenizer, folder
+        self._prompts = {number: shards[number] for number in numbers}
+        self._answers: dict[int, dict[int, Answer]] = {number: {} for number in numbers}
+
+    @property
+    def answers_left(self) -> int:
+        """Answers that are not in a shard that was written."""
+        return sum(map(len, self._prompts.values()))
+
+    def requests(self) -> list[PromptRequest]:
+        """Shard after shard, so that few are begun at a time."""
+        seed, purpose, size = self._request.seed, self._request.purpose, self._request.shard_size
+        return [
+            PromptRequest(number * size + place, prompt.ids, answer_seed(seed, purpose, prompt.id, prompt.sample))
+            for number, prompts in self._prompts.items()
+            for place, prompt in enumerate(prompts)
+        ]
+
+    def take(self, index: int, answer: Answer) -> bool:
+        """Keeps an answer; returns whether that completed its shard."""
+        number, place = divmod(index, self._request.shard_size)
+        prompts, answers = self._prompts[number], self._answers[number]
+        answers[place] = answer
+        if len(answers) < len(prompts):
+            return False
+        if self._topology.is_output_rank:
+            lines = [_response(prompt, answers[i], self._tokenizer).line() for i, prompt in enumerate(prompts)]
+            _write_shard(shard_path(self._folder, number), "".join(lines))
+        del self._prompts[number], self._answers[number]
+        return True
 
 
 def _pending(folder: Path, settings: dict[str, Any], count: int) -> list[int]:
@@ -189,22 +236,6 @@ def remove_shards(folder: Path) -> None:
     """Removes all answers of a folder, and what binds them, but nothing that this module does not write."""
     for path in (*shard_paths(folder), *map(shard_digest, shard_paths(folder)), shard_settings(folder)):
         path.unlink(missing_ok=True)
-
-
-def _answer_shard(
-    request: Request, prompts: Sequence[Prompt], engine: Engine, tokenizer: Tokenizer, bar: Any
-) -> list[Response]:
-    """Answers in order of prompt length, so that batches carry little padding; returns in document order."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-    answers: dict[int, Answer] = {}
-    limit = request.decoding.max_new_tokens
-    for start in range(0, len(order), request.batch_size):
-        batch = order[start : start + request.batch_size]
-        uniforms = [keyed_uniforms(request.seed, request.purpose, prompts[i].id, limit) for i in batch]
-        found = engine.answer([prompts[i].ids for i in batch], uniforms, request.decoding)
-        answers.update(zip(batch, found, strict=True))
-        bar.update(len(batch))
-    return [_response(prompt, answers[index], tokenizer) for index, prompt in enumerate(prompts)]
 
 
 def _response(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Response:

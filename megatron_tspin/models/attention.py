@@ -10,47 +10,19 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_tspin.models.block_cache import StepLayout
 from megatron_tspin.models.packed_attention import BACKENDS, PackedAttention
 from megatron_tspin.models.row_layout import RowLayout
 from megatron_tspin.models.scores import Scores, attend
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, one per layer, used while generating.
-
-    Slots along the sequence are shared by the rows of the batch: shorter prompts are padded on the left.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.filled = 0
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the keys and values [s, b, key groups, d] of new tokens; returns all so far, `filled` of them."""
-        if self._key is None or self._value is None:
-            self._key = key.new_empty((self.slots, *key.shape[1:]))
-            self._value = value.new_empty((self.slots, *value.shape[1:]))
-        end = self.filled + key.shape[0]
-        self._key[self.filled : end] = key
-        self._value[self.filled : end] = value
-        self.filled = end
-        return self._key[:end], self._value[:end]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drops all rows of the batch but `rows` (int64 indices)."""
-        if self._key is not None and self._value is not None:
-            self._key, self._value = self._key[:, rows], self._value[:, rows]
-
-
 class CausalAttention(torch.nn.Module):
     """Scaled dot-product attention.
 
-    With a `RowLayout` the one row is a packed one, attended to by a backend of `packed_attention`. Otherwise torch's
-    SDPA: without a mask rows are causal (padding on the right is never attended to); with a mask, `attention_mask` is
-    boolean [b, 1, queries, keys], True where a query sees a key, and has to contain causality; the layer's window comes
-    on top.
+    With a `RowLayout` the one row is a packed one, attended to by a backend of `packed_attention`; with a `StepLayout`
+    it is a step of generation, over a key-value cache. Otherwise torch's SDPA: without a mask rows are causal (padding
+    on the right is never attended to); with a mask, `attention_mask` is boolean [b, 1, queries, keys], True where a
+    query sees a key, and has to contain causality; the layer's window comes on top.
     """
 
     def __init__(self, config: Any, layer_number: int, scores: Scores, **_: Any) -> None:
@@ -59,7 +31,6 @@ class CausalAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.scores = scores
         self.packed: PackedAttention = BACKENDS[config.packed_attention]
-        self.cache: KeyValueCache | None = None
 
     def forward(
         self,
@@ -68,7 +39,7 @@ class CausalAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
-        packed_seq_params: RowLayout | None = None,
+        packed_seq_params: RowLayout | StepLayout | None = None,
         **__: Any,
     ) -> Tensor:
         """Attends.
@@ -78,15 +49,15 @@ class CausalAttention(torch.nn.Module):
             key: [s, b, key groups, d], rotated.
             value: [s, b, key groups, d].
             attention_mask: See the class.
-            packed_seq_params: The layout of a packed row, of which s tokens are on this rank; b is 1.
+            packed_seq_params: The layout of a packed row, of which s tokens are on this rank, or of a step; b is 1.
 
         Returns:
             [s, b, heads * d].
         """
+        if isinstance(packed_seq_params, StepLayout):
+            return self._of_step(query, key, value, packed_seq_params)
         if packed_seq_params is not None:
             return self._over_packed_row(query, key, value, packed_seq_params)
-        if self.cache is not None:
-            key, value = self.cache.append(key, value)
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads or key groups, s, d]
         window = self.scores.window
@@ -106,6 +77,10 @@ class CausalAttention(torch.nn.Module):
         grouped = q.reshape(rows, heads // repeats, repeats * queries, width)
         out = attend(grouped, k, v, mask.repeat(1, 1, repeats, 1), self.scores)
         return out.reshape(rows, heads, queries, width).permute(2, 0, 1, 3).reshape(queries, rows, -1)
+
+    def _of_step(self, query: Tensor, key: Tensor, value: Tensor, layout: StepLayout) -> Tensor:
+        out = layout.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scores, self.packed)
+        return out.reshape(query.shape[0], 1, -1)
 
     def _over_packed_row(self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
         if layout.context.size > 1:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tspin.models.autograd import already_added, run
+from megatron_tspin.models.linears import few_tokens_product
 
 # Positions and vocabulary rows of a tile. On a CPU it has to stay in the cache (2 MiB in fp32), on a GPU it has to fill
 # the device (512 MiB); measured by `benchmarks/triplet_step.py`.
@@ -307,13 +308,12 @@ def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right.float())
 
 
-def full_logits(
-    hidden: Tensor, weight: Tensor, shard: VocabularyShard, vocab_size: int, rule: LogitsRule = PLAIN
-) -> Tensor:
-    """Logits fp32 [n, vocab_size] of every real token, gathered over TP; for sampling, without gradient."""
-    local = rule.apply(torch.nn.functional.linear(hidden, weight).float()).contiguous()
-    if not shard.split():
-        return local[:, :vocab_size]
-    parts = [torch.empty_like(local) for _ in range(shard.group.size())]
-    dist.all_gather(parts, local, group=shard.group)
-    return torch.cat(parts, dim=-1)[:, :vocab_size]
+def shard_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, rule: LogitsRule = PLAIN) -> Tensor:
+    """Logits fp32 [n, shard.valid] of this shard's real tokens after hidden states [n, h]; without gradient.
+
+    They are plain fp32 sums: what `sequence_log_probs` adds to their precision, sampling has no use for.
+    """
+    rows = weight[: shard.valid]
+    if hidden.dtype == torch.float32 and not hidden.is_cuda:
+        return rule.apply(few_tokens_product(hidden, rows).contiguous())
+    return rule.apply(_matmul_fp32(hidden, rows.t()))

@@ -19,6 +19,7 @@ from megatron_tspin.models.activations import activation_class
 from megatron_tspin.models.architecture import Architecture, Experts, LayerFacts
 from megatron_tspin.models.attention import CausalAttention
 from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_tspin.models.linears import ColumnLinear, RowLinear
 from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm, ScaledColumns
 from megatron_tspin.models.policy_layer import LayerPlan, PolicyLayer
 from megatron_tspin.models.scores import Scores
@@ -64,9 +65,9 @@ def _layer(
     if not engine:
         norm = norm_class(architecture) if architecture.norm_before else IdentityOp
         parts.input_layernorm = parts.pre_mlp_layernorm = norm
-        if fp8:
-            attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
-            mlp.linear_fc1, mlp.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+        column, row = (Fp8ColumnParallelLinear, Fp8RowParallelLinear) if fp8 else (ColumnLinear, RowLinear)
+        attention.linear_qkv, attention.linear_proj = column, row
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     elif not architecture.norm_before:
         attention.linear_qkv = mlp.linear_fc1 = _te_column_linear()
     bias = architecture.mlp_bias and not facts.sparse

@@ -12,14 +12,14 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_tspin.models.architecture import Architecture
-from megatron_tspin.models.attention import CausalAttention, KeyValueCache
 from megatron_tspin.models.autograd import run
+from megatron_tspin.models.block_cache import StepLayout
 from megatron_tspin.models.head import (
     LogitsRule,
     ResponseTargets,
     VocabularyShard,
-    full_logits,
     sequence_log_probs,
+    shard_logits,
 )
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.models.row_layout import RowLayout
@@ -51,8 +51,7 @@ class PolicyModel(GPTModel):
         attention_mask: Tensor | None = None,
         targets: ResponseTargets | None = None,
         *,
-        layout: RowLayout | None = None,
-        next_token_logits: bool = False,
+        layout: RowLayout | StepLayout | None = None,
     ) -> Tensor:
         """Runs this pipeline stage of the policy.
 
@@ -61,13 +60,13 @@ class PolicyModel(GPTModel):
             position_ids: int64 [b, s].
             attention_mask: None for causal rows, or as `CausalAttention` describes.
             targets: The response tokens whose log-probs are wanted.
-            layout: Of a packed row (b is 1); under context parallelism s counts the tokens on this rank.
-            next_token_logits: Ask for the logits after the last position instead.
+            layout: Of a packed row (b is 1); under context parallelism s counts the tokens on this rank. That of a step
+                of generation asks for the logits after the last token of each sequence instead of log-probs.
 
         Returns:
             On all but the last pipeline stage the hidden states [s, b, h]; on that one the sequence log-probs fp32
-            [num_responses] ([3, num_responses] with diagnostics, see `head.sequence_log_probs`), or logits fp32
-            [b, vocab_size].
+            [num_responses] ([3, num_responses] with diagnostics, see `head.sequence_log_probs`), or this rank's
+            logits fp32 [sequences, `vocabulary_shard().valid`].
         """
         embedded = self._embedded(tokens, position_ids) if self.pre_process else None
         hidden: Tensor = self.decoder(
@@ -78,10 +77,9 @@ class PolicyModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        if next_token_logits:
-            return full_logits(
-                hidden[-1], self._output_weight(), self.vocabulary_shard(), self.architecture.vocab_size, self._rule
-            )
+        if isinstance(layout, StepLayout):
+            last = hidden[:, 0].index_select(0, layout.last_tokens)
+            return shard_logits(last, self._output_weight(), self.vocabulary_shard(), self._rule)
         if targets is None:
             raise ValueError("the last pipeline stage needs the responses whose log-probs it has to compute")
         log_probs = self._sequence_log_probs(hidden, targets)
@@ -127,16 +125,6 @@ class PolicyModel(GPTModel):
         first = size * group.rank()
         valid = min(max(self.architecture.vocab_size - first, 0), size)
         return VocabularyShard(first=first, size=size, valid=valid, group=group)
-
-    def set_caches(self, slots: int | None) -> list[KeyValueCache]:
-        """Gives each layer a new key-value cache of `slots` tokens, or takes them away."""
-        caches = []
-        for module in self.modules():
-            if isinstance(module, CausalAttention):
-                module.cache = None if slots is None else KeyValueCache(slots)
-                if module.cache is not None:
-                    caches.append(module.cache)
-        return caches
 
 
 class _SumOverContext(torch.autograd.Function):

@@ -11,6 +11,7 @@ from tests.rank_pool import in_layout
 STOPS = (1, 17, 60)
 """Ids at which answers end."""
 NEW_TOKENS = 24
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
 
 
 def prompts_of(count: int, vocabulary: int = 101) -> list[list[int]]:
@@ -32,22 +33,37 @@ def load(folder: Path, layout: ParallelSection, topology: Any) -> Any:
     return model.eval()
 
 
-def answer(folder: Path, layout: ParallelSection, batch_size: int, settings: dict[str, Any]) -> list[Any]:
+def run_engine(
+    model: Any,
+    topology: Any,
+    prompts: list[list[int]],
+    settings: dict[str, Any] | None = None,
+    slots: int = 5,
+    blocks: int = 200,
+    lag: int | None = None,
+) -> list[Any]:
+    """On ranks: the answers of our engine, in the order of the prompts."""
+    from megatron_tspin.generation.backends.backend import PromptRequest
+    from megatron_tspin.generation.backends.cache_size import CacheSize
+    from megatron_tspin.generation.backends.engine import Engine
+    from megatron_tspin.generation.sampling import Decoding, answer_seed
+
+    decoding = Decoding(**{**PLAIN, **(settings or {})})
+    requests = [PromptRequest(7 * i, ids, answer_seed(1, "test", str(i))) for i, ids in enumerate(prompts)]
+    engine = Engine(model, topology, STOPS, CacheSize(slots, blocks), lag)
+    found = list(engine.answers(requests, decoding))
+    assert sorted(index for index, _ in found) == [request.index for request in requests], "each once"
+    return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
+
+
+def answer(folder: Path, layout: ParallelSection, slots: int, settings: dict[str, Any], lag: int = 0) -> list[Any]:
     """On ranks: the answers to `prompts_of(13)`, as (ids, ended, log-probs, log-probs as scored afterwards)."""
-    from megatron_tspin.generation.engine import Engine
-    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
     from megatron_tspin.objective.scoring import score_pairs
 
-    decoding = Decoding(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS, **settings})
     prompts = prompts_of(13)
-    uniforms = [keyed_uniforms(1, "test", str(index), NEW_TOKENS) for index in range(len(prompts))]
     with in_layout(layout) as topology:
         model = load(folder, layout, topology)
-        engine = Engine(model, topology, STOPS)
-        answers = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            answers += engine.answer(prompts[part], uniforms[part], decoding)
+        answers = run_engine(model, topology, prompts, settings, slots, lag=lag)
         scored = score_pairs(model, topology, [(p, a.ids) for p, a in zip(prompts, answers, strict=True)])
         return [(a.ids, a.ended, a.log_probs, score) for a, score in zip(answers, scored, strict=True)]
 

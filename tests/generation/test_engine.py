@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import NEW_TOKENS, STOPS, answer, greedy_by_transformers, load
+from tests.generation.answers import NEW_TOKENS, STOPS, answer, greedy_by_transformers, load, run_engine
 from tests.rank_pool import in_layout
 from tests.rounding import all_within
 
@@ -39,8 +39,15 @@ def test_samples_depend_on_neither_layout_nor_batch(settings: Any, ranks: Any, t
     expected = ranks(1).run(answer, folder, LAYOUTS["tp1"], 13, settings)[0]
     lengths = {len(ids) for ids, *_ in expected}
     assert len(lengths) > 1, "the samples have to end at different places, or this test shows little"
-    for layout, batch_size in (("tp1", 1), ("tp1", 4), ("tp2", 5), ("pp2", 5)):
-        found = ranks(LAYOUTS[layout].world_size).run(answer, folder, LAYOUTS[layout], batch_size, settings)[0]
+    for layout, slots, lag in (
+        ("tp1", 1, 0),
+        ("tp1", 4, 1),
+        ("tp1", 4, 2),
+        ("tp2", 5, 0),
+        ("pp2", 5, 0),
+        ("pp2", 4, 1),
+    ):
+        found = ranks(LAYOUTS[layout].world_size).run(answer, folder, LAYOUTS[layout], slots, settings, lag)[0]
         assert [(ids, ended) for ids, ended, *_ in found] == [(ids, ended) for ids, ended, *_ in expected]
 
 
@@ -53,28 +60,22 @@ def test_log_probs_as_sampled_are_those_that_training_computes(ranks: Any, tiny_
 
 
 def answer_at_near_ties(folder: Path, layout: ParallelSection, temperature: float) -> list[list[int]]:
-    """On ranks: ids of answers where the two best tokens tie but for rounding, the other way on odd ranks."""
+    """On ranks: ids of answers where the two best tokens of a shard tie but for rounding, otherwise on odd ranks."""
     import torch
 
-    from megatron_tspin.generation.engine import Engine
-    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+    from megatron_tspin.generation.backends import engine
 
-    def near_tie(*arguments: Any) -> Any:
-        logits = forward(*arguments)
-        if logits is None:
-            return None
+    def near_tie(logits: Any, *arguments: Any) -> Any:
         best, second = logits.topk(2).indices.split(1, dim=-1)
         value = logits.gather(1, best)
         towards = torch.full_like(value, torch.inf if topology.rank % 2 else -torch.inf)
-        return logits.scatter(1, second, torch.nextafter(value, towards))
+        return choose(logits.scatter(1, second, torch.nextafter(value, towards)), *arguments)
 
-    prompts = [[5], [7, 8, 9], [40] * 6]
-    uniforms = [keyed_uniforms(3, "tie", str(index), NEW_TOKENS) for index in range(len(prompts))]
-    with in_layout(layout) as topology:
-        engine = Engine(load(folder, layout, topology), topology, STOPS)
-        forward = engine._forward
-        with patch.object(engine, "_forward", near_tie):
-            answers = engine.answer(prompts, uniforms, Decoding(temperature, 1.0, 0, NEW_TOKENS))
+    choose = engine.choose
+    with in_layout(layout) as topology, patch.object(engine, "choose", near_tie):
+        answers = run_engine(
+            load(folder, layout, topology), topology, [[5], [7, 8, 9], [40] * 6], {"temperature": temperature}
+        )
         return [answer.ids for answer in answers]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.errors import ArtifactError, InputError
-from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
+from megatron_tspin.generation.sampling import Decoding, answer_seed, uniforms
 from megatron_tspin.generation.shards import Prompt, Request, read_shards
 from megatron_tspin.run_folder import shard_digest, shard_path
 from tests.rank_pool import in_layout
@@ -22,21 +22,28 @@ COUNT = 7
 def request(**changes: Any) -> Request:
     decoding = Decoding(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
     prompts = [Prompt(f"p{i}", [3 + i] * (1 + (5 * i) % 7)) for i in range(COUNT)]
-    first = Request(prompts, decoding, 1, "synthetic/0", batch_size=2, shard_size=3, facts={"checkpoint_sha256": "c1"})
+    first = Request(prompts, decoding, 1, "synthetic/0", shard_size=3, facts={"checkpoint_sha256": "c1"})
     return replace(first, **changes)
 
 
 class Echo:
-    """An engine whose answer is the prompt and the first random number; it counts its prompts."""
+    """A backend whose answer is the prompt and the first random number; it counts its prompts, the last comes first."""
+
+    facts: dict[str, Any] = {}
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def answer(self, prompts: Any, uniforms: Any, decoding: Decoding) -> list[Any]:
-        from megatron_tspin.generation.engine import Answer
+    def answers(self, requests: Any, _: Decoding) -> Any:
+        from megatron_tspin.generation.backends.backend import Answer
 
-        self.asked += [list(prompt) for prompt in prompts]
-        return [Answer([*p, 1], [-float(u[0])] * (len(p) + 1), True) for p, u in zip(prompts, uniforms, strict=True)]
+        for request in reversed(requests):
+            self.asked.append(list(request.ids))
+            number = -float(uniforms(request.seed, 1)[0])
+            yield request.index, Answer([*request.ids, 1], [number] * (len(request.ids) + 1), True)
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 class Letters:
@@ -73,7 +80,8 @@ def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ra
         {
             "id": prompt.id,
             "response_ids": [*prompt.ids, 1],
-            "token_log_probs": [-float(keyed_uniforms(1, "synthetic/0", prompt.id, 1)[0])] * (len(prompt.ids) + 1),
+            "token_log_probs": [-float(uniforms(answer_seed(1, "synthetic/0", prompt.id), 1)[0])]
+            * (len(prompt.ids) + 1),
             "ended": True,
             "ended_by": 1,
             "text": " ".join(map(str, [*prompt.ids, 1])),
@@ -114,7 +122,7 @@ def test_a_shard_that_was_changed_is_made_again(damage: str, ranks: Any, tmp_pat
     assert contents(tmp_path) == before and len(asked) == 3
 
 
-@pytest.mark.parametrize("change", [{"shard_size": 2}, {"shard_size": 5, "batch_size": 4}], ids=str)
+@pytest.mark.parametrize("change", [{"shard_size": 2}, {"shard_size": 5}], ids=str)
 def test_a_folder_is_finished_with_the_shards_it_was_begun_with(
     change: dict[str, Any], ranks: Any, tmp_path: Path
 ) -> None:

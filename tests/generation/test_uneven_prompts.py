@@ -6,24 +6,19 @@ from typing import Any
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import NEW_TOKENS, STOPS, load
+from tests.generation.answers import NEW_TOKENS, load, run_engine
 from tests.rank_pool import in_layout
 
 PROMPTS = [[5], [3 + i % 90 for i in range(90)], [7, 8], [40] * 33]
 
 
 def together_and_alone(folder: Path, layout: ParallelSection, temperature: float) -> Any:
-    """Token ids of the answers of one batch, and of a batch each."""
-    from megatron_tspin.generation.engine import Engine
-    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
-
-    decoding = Decoding(temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS)
-    uniforms = [keyed_uniforms(2, "uneven", str(index), NEW_TOKENS) for index in range(len(PROMPTS))]
+    """Token ids of the answers of all slots at once, and of one."""
+    settings = {"temperature": temperature}
     with in_layout(layout) as topology:
-        engine = Engine(load(folder, layout, topology), topology, STOPS)
-        together = engine.answer(PROMPTS, uniforms, decoding)
-        alone = [engine.answer([p], [u], decoding)[0] for p, u in zip(PROMPTS, uniforms, strict=True)]
-        return [answer.ids for answer in together], [answer.ids for answer in alone]
+        model = load(folder, layout, topology)
+        found = [run_engine(model, topology, PROMPTS, settings, slots) for slots in (len(PROMPTS), 1)]
+        return [[answer.ids for answer in answers] for answers in found]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -39,30 +34,23 @@ def test_one_new_token(ranks: Any, tiny_checkpoint: Any) -> None:
 
 
 def answer_one(folder: Path) -> list[int]:
-    from megatron_tspin.generation.engine import Engine
-    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
-
-    uniforms = [keyed_uniforms(2, "one", str(index), 1) for index in range(len(PROMPTS))]
     with in_layout(ParallelSection()) as topology:
-        engine = Engine(load(folder, ParallelSection(), topology), topology, STOPS)
-        return [len(answer.ids) for answer in engine.answer(PROMPTS, uniforms, Decoding(1.0, 1.0, 0, 1))]
+        model = load(folder, ParallelSection(), topology)
+        return [len(answer.ids) for answer in run_engine(model, topology, PROMPTS, {"max_new_tokens": 1})]
 
 
 def answer_with_broken_weights(folder: Path, layout: ParallelSection) -> str:
     import torch
 
     from megatron_tspin.errors import DivergenceError
-    from megatron_tspin.generation.engine import Engine
-    from megatron_tspin.generation.sampling import Decoding, keyed_uniforms
 
-    uniforms = [keyed_uniforms(2, "broken", str(index), 2) for index in range(len(PROMPTS))]
     with in_layout(layout) as topology:
         model = load(folder, layout, topology)
         if topology.is_last_pipeline_stage:
             with torch.no_grad():
                 list(model.parameters())[-1].fill_(float("nan"))
         try:
-            Engine(model, topology, STOPS).answer(PROMPTS, uniforms, Decoding(1.0, 1.0, 0, 2))
+            run_engine(model, topology, PROMPTS, {"max_new_tokens": 2})
         except DivergenceError as error:
             return str(error)
         return ""

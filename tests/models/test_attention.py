@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tspin.models.attention import CausalAttention, KeyValueCache, window_mask
+from megatron_tspin.models.attention import CausalAttention, window_mask
 from megatron_tspin.models.norms import RMSNorm
 from megatron_tspin.models.row_layout import Bundle, RowLayout
 from megatron_tspin.models.scores import Scores
@@ -90,23 +90,6 @@ def test_masks_of_a_row_are_those_of_each_layer() -> None:
         windowed = attention(2, packed=packed)(query, key, value, packed_seq_params=layout)
         assert attention(None, packed=packed)(query, key, value, packed_seq_params=layout).equal(alone)
         assert not windowed.allclose(alone)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("key_groups", [1, 2, 4])
-def test_cache_gives_what_one_pass_gives(key_groups: int, window: int | None) -> None:
-    query, key, value = tensors(6, key_groups)
-    whole = attention(window)(query, key, value)
-    cached = attention(window)
-    cached.cache = KeyValueCache(8)
-    parts = []
-    for start, end in ((0, 4), (4, 5), (5, 6)):
-        mask = (torch.arange(end)[None, :] <= torch.arange(start, end)[:, None])[None, None]
-        parts.append(cached(query[start:end], key[start:end], value[start:end], mask))
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
-    cached.cache.keep_rows(torch.tensor([1]))
-    keys, _ = cached.cache.append(key[:1, 1:], value[:1, 1:])
-    assert keys.shape == (7, 1, key_groups, DIM) and keys[:6].equal(key[:, 1:])
 
 
 def test_window_mask() -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.models import head
-from megatron_tspin.models.head import ResponseTargets, VocabularyShard, full_logits, sequence_log_probs
+from megatron_tspin.models.head import ResponseTargets, VocabularyShard, sequence_log_probs, shard_logits
 from tests.rank_pool import in_layout
 
 HIDDEN, POSITIONS, PADDED = 16, 14, 128
@@ -263,17 +263,15 @@ def test_logits_of_all_tokens_never_exist(diagnostics: bool, dtype: torch.dtype)
 def sampling_logits(tp: int) -> Any:
     with in_layout(ParallelSection(tensor_model_parallel_size=tp)) as topology:
         hidden, weight, _, _ = inputs(101)
-        size = PADDED // tp
-        shard = VocabularyShard(topology.tp_rank * size, size, size, topology.tp_group)
-        return full_logits(hidden, weight[shard.first : shard.first + size], shard, 101).numpy()
+        shard = shard_of(topology.tp_rank, tp, 101, topology.tp_group)
+        return shard_logits(hidden, weight[shard.first : shard.first + shard.size], shard).numpy()
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_logits_for_sampling_leave_the_padding_out(tp: int, ranks: Any) -> None:
     hidden, weight, _, _ = inputs(101)
-    for found in ranks(tp).run(sampling_logits, tp):
-        assert found.shape == (POSITIONS, 101)
-        assert torch.allclose(torch.from_numpy(found), hidden @ weight[:101].t(), rtol=1e-5, atol=1e-5)
+    found = torch.cat([torch.from_numpy(part) for part in ranks(tp).run(sampling_logits, tp)], dim=1)
+    assert torch.allclose(found, hidden @ weight[:101].t(), rtol=1e-5, atol=1e-5)
 
 
 def test_extreme_logits() -> None:

@@ -44,6 +44,7 @@ OTHER: dict[str, Any] = {
     "parallel.overlap_param_gather": True,
     "parallel.cpu_threads": 2,
     "generation.batch_size": 5,
+    "generation.cache_gib": 0.01,
     "generation.shard_size": 7,
     "generation.tensor_model_parallel_size": 1,
     "generation.pipeline_model_parallel_size": 1,

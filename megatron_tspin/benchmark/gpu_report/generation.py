@@ -3,7 +3,6 @@
 import random
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_tspin.benchmark.gpu_report.check import TIMES, Case, Figures, Meaning
@@ -23,7 +22,7 @@ _REPEATS = 3
 FIGURES = {
     "tokens_per_second": Meaning("1/s", "new tokens of the whole batch over the median time, prompts included"),
     **TIMES,
-    "prompts": Meaning("", "prompts of the batch, of 20 to 60 random tokens, padded on the left"),
+    "prompts": Meaning("", "prompts of the batch, of 20 to 60 random tokens"),
     "new_tokens": Meaning("", "greedy tokens of each prompt"),
 }
 
@@ -46,17 +45,20 @@ def _task(reduced: bool) -> tuple[Architecture, list[list[int]], int]:
 
 
 def _ours(reduced: bool) -> Figures:
-    from megatron_tspin.generation.engine import Engine
+    from megatron_tspin.generation.backends.backend import PromptRequest
+    from megatron_tspin.generation.backends.cache_size import cache_size
+    from megatron_tspin.generation.backends.engine import Engine
     from megatron_tspin.generation.sampling import Decoding
 
     shape, prompts, new_tokens = _task(reduced)
-    engine = Engine(random_policy(shape, PrecisionSection(bf16=True)).eval(), topology(), stop_ids=())
+    policy = random_policy(shape, PrecisionSection(bf16=True)).eval()
+    engine = Engine(policy, topology(), (), cache_size(policy, topology(), len(prompts), None))
     decoding = Decoding(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens)
-    uniforms = [np.zeros(new_tokens) for _ in prompts]
+    requests = [PromptRequest(index, prompt, seed=index) for index, prompt in enumerate(prompts)]
 
     def answer() -> None:
-        answers = engine.answer(prompts, uniforms, decoding)
-        assert all(len(each.ids) == new_tokens for each in answers)
+        answers = [each for _, each in engine.answers(requests, decoding)]
+        assert len(answers) == len(prompts) and all(len(each.ids) == new_tokens for each in answers)
 
     return _figures(measure(answer, _SECONDS, repeats=_REPEATS, warm_ups=0), len(prompts), new_tokens)
 
