@@ -344,6 +344,11 @@ class GenerationSection(Section):
     top_p: float = result(1.0, "--tspin-top-p", "Smallest set of tokens with this probability.", gt=0, le=1)
     top_k: int = result(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
     max_new_tokens: int = result(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
+    stop: list[str] = result(
+        [],
+        "--tspin-stop",
+        "Where answers end as well as at EOS: token ids (whole numbers) and texts, which stay part of the answer.",
+    )
     batch_size: int = execution(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
     cache_gib: float | None = execution(
         None,
@@ -352,15 +357,21 @@ class GenerationSection(Section):
         "Default: half of the memory that is free.",
         gt=0,
     )
-    shard_size: int = execution(256, None, "Prompts in one resumable output file.", ge=1)
+    shard_size: int = execution(64, None, "Prompts in one resumable output file.", ge=1)
     tensor_model_parallel_size: int | None = execution(
         None, "--tspin-generation-tensor-model-parallel-size", "TP of generation. Default: training's.", ge=1
     )
     pipeline_model_parallel_size: int | None = execution(
-        None, "--tspin-generation-pipeline-model-parallel-size", "PP of generation. Default: training's.", ge=1
+        None,
+        "--tspin-generation-pipeline-model-parallel-size",
+        "PP of generation. Default: 1 if a policy fits, else training's.",
+        ge=1,
     )
     data_parallel_size: int | None = execution(
-        None, "--tspin-generation-data-parallel-size", "DP of generation. Default: training's.", ge=1
+        None,
+        "--tspin-generation-data-parallel-size",
+        "DP of generation. Default: what of training's ranks is left.",
+        ge=1,
     )
 
 
@@ -466,8 +477,18 @@ class Config(Section):
         """That of the stages with the most ranks."""
         return max(self.parallel, self.generation_layout(), key=lambda layout: layout.world_size)
 
-    def generation_layout(self) -> ParallelSection:
-        """The layout of the stages that only run the policy forward: training's, with generation's overrides."""
-        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
-        overrides = {name: getattr(self.generation, name) or getattr(self.parallel, name) for name in sizes}
-        return ParallelSection(**overrides, cpu_threads=self.parallel.cpu_threads)
+    def generation_layout(self, folded: bool = True) -> ParallelSection:
+        """The layout of the stages that only run the policy forward, over as many ranks as training has.
+
+        Args:
+            folded: What generation does not set of PP and CP is 1, and DP larger in turn; otherwise PP is training's.
+        """
+        wanted, training = self.generation, self.parallel
+        tp = wanted.tensor_model_parallel_size or training.tensor_model_parallel_size
+        pp = wanted.pipeline_model_parallel_size or (1 if folded else training.pipeline_model_parallel_size)
+        return ParallelSection(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            data_parallel_size=wanted.data_parallel_size or max(1, training.world_size // (tp * pp)),
+            cpu_threads=training.cpu_threads,
+        )

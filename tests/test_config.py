@@ -351,6 +351,30 @@ def test_generation_layout() -> None:
     assert config.generation_layout() == ParallelSection(data_parallel_size=4, cpu_threads=3)
 
 
+@pytest.mark.parametrize(
+    ("training", "generation", "folded", "staged"),
+    [
+        ({"pipeline": 2, "context": 2, "data": 3}, {}, (1, 1, 12), (1, 2, 6)),
+        ({"tensor": 2, "pipeline": 2}, {}, (2, 1, 2), (2, 2, 1)),
+        ({"tensor": 2, "pipeline": 2}, {"tensor": 1}, (1, 1, 4), (1, 2, 2)),
+        ({"pipeline": 4}, {"pipeline": 2}, (1, 2, 2), (1, 2, 2)),
+        ({"data": 2}, {"tensor": 4}, (4, 1, 1), (4, 1, 1)),
+    ],
+    ids=str,
+)
+def test_generation_takes_all_of_trainings_ranks(
+    training: dict[str, int], generation: dict[str, int], folded: tuple[int, ...], staged: tuple[int, ...]
+) -> None:
+    names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
+    names |= {"context": "context_parallel_size", "data": "data_parallel_size"}
+    given = {f"parallel.{names[key]}": value for key, value in training.items()}
+    given |= {f"generation.{names[key]}": value for key, value in generation.items()}
+    config = load_config(None, {**NEEDED, **given})
+    for wanted, found in ((folded, config.generation_layout()), (staged, config.generation_layout(folded=False))):
+        layout = [getattr(found, names[key]) for key in ("tensor", "pipeline", "data")]
+        assert layout == list(wanted) and found.context_parallel_size == 1
+
+
 def test_packed_batches_may_have_any_size() -> None:
     found = load_config(None, {**NEEDED, "training.global_batch_size": 10, "parallel.data_parallel_size": 4})
     assert found.training.layout == "packed" and found.training.global_batch_size == 10

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_tspin.checkpoint.policies import load_policy
 from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.data.problems import listed
+from megatron_tspin.data.stops import stops_of_run
 from megatron_tspin.data.template import PromptTemplate
 from megatron_tspin.data.tokenization import load_run_tokenizer
 from megatron_tspin.data.tokenizer import Tokenizer
@@ -87,12 +88,14 @@ def load_player(config: Config, layout: ParallelSection, topology: Topology, che
     template = PromptTemplate(config.data.template, tokenizer)
     model = load_policy(architecture, layout, config.training, config.precision.without_fp8(), topology, checkpoint)
     model.eval()
-    facts = {
+    facts: dict[str, Any] = {
         "checkpoint_sha256": sha256_file(checkpoint / "manifest.json"),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "template_fingerprint": template.fingerprint,
     }
     settings = config.generation
+    if settings.stop:
+        facts["stop"] = settings.stop
     size = cache_size(model, topology, settings.batch_size, settings.cache_gib)
-    engine = Engine(model, topology, tokenizer.endings.stops, size)
+    engine = Engine(model, topology, stops_of_run(settings.stop, tokenizer), size)
     return Player(config, topology, model, engine, tokenizer, template, facts)

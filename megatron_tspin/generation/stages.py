@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_tspin.checkpoint.policies import policy_checkpoint
-from megatron_tspin.config import Config
+from megatron_tspin.config import Config, ParallelSection
 from megatron_tspin.data.annotated import read_ids
 from megatron_tspin.data.indexed import Documents, open_documents, write_documents
 from megatron_tspin.data.role_documents import binding_facts
@@ -17,6 +17,7 @@ from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
 from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_run, of_split
+from megatron_tspin.generation.layout import generation_layout
 from megatron_tspin.generation.player import Player, load_player
 from megatron_tspin.generation.shards import Prompt, read_shards, remove_shards
 from megatron_tspin.log import get_logger
@@ -40,14 +41,15 @@ _log = get_logger(__name__)
 @contextmanager
 def _player(config: Config, load: Path | None, policy: int) -> Iterator[Player]:
     """The policy in the generation layout, inside its process group."""
-    with distributed(config.generation_layout(), config.seed) as topology:
-        yield _load(config, topology, load, policy)
+    layout = generation_layout(config)
+    with distributed(layout, config.seed) as topology:
+        yield _load(config, layout, topology, load, policy)
 
 
-def _load(config: Config, topology: Topology, load: Path | None, policy: int) -> Player:
+def _load(config: Config, layout: ParallelSection, topology: Topology, load: Path | None, policy: int) -> Player:
     """The checkpoint `load`, or the run's own of policy number `policy`."""
     checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy, topology)
-    player = load_player(config, config.generation_layout(), topology, checkpoint)
+    player = load_player(config, layout, topology, checkpoint)
     wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
     return player
 
@@ -158,9 +160,10 @@ def evaluate_file(config: Config, load: Path, iteration: int, output: Path, over
     split = splits_of(config.data).get(HELD_OUT)
     if split is None:
         raise InputError("nothing to evaluate on: set data.held_out (--held-out)")
-    with distributed(config.generation_layout(), config.seed) as topology:
+    layout = generation_layout(config)
+    with distributed(layout, config.seed) as topology:
         on_first_rank(lambda: _make_way(output, overwrite), topology)
-        player = _load(config, topology, load, iteration)
+        player = _load(config, layout, topology, load, iteration)
         _evaluate(config, player, iteration, of_split(config, split, player), output)
 
 

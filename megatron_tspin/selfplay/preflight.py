@@ -141,6 +141,9 @@ def _check_tokenizer(config: Config) -> None:
     source = tokenizer_file(location)
     refuse_added_tokens(source)
     largest = largest_token_id(source)
+    unknown = [stop for stop in config.generation.stop if stop.isdecimal() and int(stop) > largest]
+    if unknown:
+        raise InputError(f"generation.stop: {', '.join(unknown)}: no ids of {source}, whose largest is {largest}")
     if config.data.template == CHAT_TEMPLATE:
         _check_chat_template(source)
     if not (checkpoint / "config.json").is_file():

@@ -43,6 +43,7 @@ def run_engine(
     lag: int | None = None,
 ) -> list[Any]:
     """On ranks: the answers of our engine, in the order of the prompts."""
+    from megatron_tspin.data.stops import Stops
     from megatron_tspin.generation.backends.backend import PromptRequest
     from megatron_tspin.generation.backends.cache_size import CacheSize
     from megatron_tspin.generation.backends.engine import Engine
@@ -50,7 +51,7 @@ def run_engine(
 
     decoding = Decoding(**{**PLAIN, **(settings or {})})
     requests = [PromptRequest(7 * i, ids, answer_seed(1, "test", str(i))) for i, ids in enumerate(prompts)]
-    engine = Engine(model, topology, STOPS, CacheSize(slots, blocks), lag)
+    engine = Engine(model, topology, Stops(frozenset(STOPS)), CacheSize(slots, blocks), lag)
     found = list(engine.answers(requests, decoding))
     assert sorted(index for index, _ in found) == [request.index for request in requests], "each once"
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]

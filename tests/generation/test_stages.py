@@ -67,7 +67,7 @@ def answered(topology: Any) -> Any:
     decoding = Decoding(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
 
     def answer(prompts: Any, purpose: str, folder: Path, greedy: bool = False) -> Request:
-        request = Request(prompts, decoding, 1, purpose, batch_size=2, shard_size=COUNT, facts={})
+        request = Request(prompts, decoding, 1, purpose, shard_size=COUNT, facts={})
         if topology.speaks:
             answers = [
                 Response(id=prompt.id, response_ids=[5, 1], token_log_probs=[-1.0] * 2, ended=True, text=prompt.id[1:])

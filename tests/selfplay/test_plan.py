@@ -113,6 +113,7 @@ def test_worlds_follow_the_layouts(config_of: ConfigOf) -> None:
         parallel__tensor_model_parallel_size=2,
         parallel__data_parallel_size=2,
         generation__tensor_model_parallel_size=1,
+        generation__data_parallel_size=2,
     )
     worlds = {stage.name: stage.world_size for stage in plan(config)}
     assert worlds["tokenize"] == worlds["report"] == 1

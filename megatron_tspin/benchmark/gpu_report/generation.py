@@ -45,6 +45,7 @@ def _task(reduced: bool) -> tuple[Architecture, list[list[int]], int]:
 
 
 def _ours(reduced: bool) -> Figures:
+    from megatron_tspin.data.stops import Stops
     from megatron_tspin.generation.backends.backend import PromptRequest
     from megatron_tspin.generation.backends.cache_size import cache_size
     from megatron_tspin.generation.backends.engine import Engine
@@ -52,7 +53,7 @@ def _ours(reduced: bool) -> Figures:
 
     shape, prompts, new_tokens = _task(reduced)
     policy = random_policy(shape, PrecisionSection(bf16=True)).eval()
-    engine = Engine(policy, topology(), (), cache_size(policy, topology(), len(prompts), None))
+    engine = Engine(policy, topology(), Stops(frozenset()), cache_size(policy, topology(), len(prompts), None))
     decoding = Decoding(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens)
     requests = [PromptRequest(index, prompt, seed=index) for index, prompt in enumerate(prompts)]
 

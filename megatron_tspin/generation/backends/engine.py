@@ -10,7 +10,7 @@ next step needs it; on a GPU a step later still, so that the host prepares a ste
 
 import math
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tspin.data.stops import Stops
 from megatron_tspin.errors import DivergenceError
 from megatron_tspin.generation.backends.backend import Answer, PromptRequest
 from megatron_tspin.generation.backends.cache_size import CacheSize
@@ -40,18 +41,18 @@ class Engine:
     Args:
         model: This rank's part of the policy.
         topology: The layout. Sequence parallelism must be off: one token cannot be split over TP.
-        stop_ids: A response ends with the first of these.
+        stops: Where an answer ends.
         size: Slots of the replica and room for their keys and values.
         lag: Steps of a group that are under way before the first of them is read. Default: one on a GPU, else none.
     """
 
     def __init__(
-        self, model: PolicyModel, topology: Topology, stop_ids: Collection[int], size: CacheSize, lag: int | None = None
+        self, model: PolicyModel, topology: Topology, stops: Stops, size: CacheSize, lag: int | None = None
     ) -> None:
         self.facts: dict[str, Any] = {}
         self._model = model
         self._topology = topology
-        self._stop_ids = stop_ids
+        self._stops = stops
         self._size = size
         self._lag = int(has_cuda()) if lag is None else lag
         self._sent: deque[tuple[Any, Tensor]] = deque()
@@ -70,7 +71,7 @@ class Engine:
             while waiting or any(group.busy for group in groups):
                 for group in groups:
                     while len(group.flights) > (self._lag if group.live else 0):
-                        yield from group.settle(self._stop_ids)
+                        yield from group.settle(self._stops)
                     group.admit(waiting, decoding)
                     if group.live:
                         beat()
@@ -201,7 +202,7 @@ class _Group:
         where = to_device(np.array([place[id(row)] for row in rows], dtype=np.int64))
         return before.arrived()[0].index_select(0, where).long()
 
-    def settle(self, stop_ids: Collection[int]) -> Iterator[tuple[int, Answer]]:
+    def settle(self, stops: Stops) -> Iterator[tuple[int, Answer]]:
         """Reads the oldest step under way; yields the answers that it completed.
 
         Raises:
@@ -217,7 +218,7 @@ class _Group:
                 continue
             row.answer.ids.append(int(token))
             row.answer.log_probs.append(log_prob)
-            row.answer.ended = int(token) in stop_ids
+            row.answer.ended = stops.end(row.answer.ids)
             if row.answer.ended or len(row.answer.ids) == len(row.uniforms):
                 ended.append(row)
         self._release(ended)
