@@ -36,6 +36,12 @@ class Response(Record):
     """The id of that token."""
     text: str
     """The ids decoded, special tokens left out; for people and scorers."""
+    sample: int = 0
+    """Number of the response among those to the same prompt; not in the line if it is 0."""
+
+    def line(self) -> str:
+        """The record as one JSON line, newline included."""
+        return self.model_dump_json(exclude=None if self.sample else {"sample"}) + "\n"
 
 
 class ScoredResponse(Record):

@@ -63,15 +63,11 @@ class Child:
     ) -> None:
         self.close(at_once=error is not None)
 
-    def ask(self, *message: Any) -> Any:
-        """Sends a message and waits for the answer.
-
-        Raises:
-            ChildError: The child failed or died.
-        """
+    def ask(self, *message: Any, seconds: float = math.inf) -> Any:
+        """Sends a message and waits for the answer; see `receive`."""
         with suppress(ConnectionError):  # `receive` says how it died
             self._connection.send(message)
-        return self.receive()
+        return self.receive(seconds)
 
     def receive(self, seconds: float = math.inf) -> Any:
         """Waits for an answer.

@@ -8,8 +8,8 @@ from plotly.subplots import make_subplots
 from megatron_tspin.benchmark.results import StepResult
 from megatron_tspin.benchmark.settings import OWN_SIDES
 
-_OWN = "#1F83CC"
-_OTHER = "#8A8F98"
+OWN_COLOUR = "#1F83CC"
+OTHER_COLOUR = "#8A8F98"
 _PREDICTED = "#D55E00"
 
 
@@ -23,7 +23,7 @@ def make_figure(result: StepResult) -> go.Figure:
     """Left: triplets/s with the range over the rounds, and what the operations predict. Right: peak memory."""
     sides = [side for side in result.sides if side.seconds]
     names = [side.name for side in sides]
-    colours = [_OWN if name in OWN_SIDES else _OTHER for name in names]
+    colours = [OWN_COLOUR if name in OWN_SIDES else OTHER_COLOUR for name in names]
     rates = [result.triplets_per_second(side) for side in sides]
     figure = make_subplots(
         cols=2, subplot_titles=("triplets/s: median, lowest to highest", "peak memory above weights and gradients, MiB")

@@ -1,4 +1,4 @@
-"""`tspin bench`: speed of a training step beside other tools, noise of number formats, checks of a GPU."""
+"""`tspin bench`: speed of training steps and answers beside other tools, noise of number formats, checks of a GPU."""
 
 import argparse
 import dataclasses
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 _GPU_MINUTES = 7.8
 
-_DESCRIPTION = """Measure how fast a training step is, beside plain transformers, in one run on this machine.
+_DESCRIPTION = """Measure how fast steps and answers are, beside plain transformers, in one run on this machine.
 
 reads   an HF checkpoint; the triplets are random tokens
 writes  JSON and a plot in benchmarks/results, or --output
 
 examples
   tspin bench step --quick --model CHECKPOINT
+  tspin bench generate --quick --model CHECKPOINT
   tspin bench noise --model CHECKPOINT --data answers.jsonl
   tspin bench gpu --out report"""
 
@@ -52,6 +53,21 @@ examples
   tspin bench step --quick --model smollm2
   tspin bench step --model smollm2 --sides transformers transformers_mb1 packed
   tspin bench step --head-memory"""
+
+_GENERATE_DESCRIPTION = """Measure how fast prompts are answered, side by side, in one run on this machine.
+
+All engines answer the same prompts with the same weights and threads, sampled at temperature 1, each in a process of
+its own, and take turns. The last line printed is the speedup over transformers at a batch of 64.
+
+reads   the HF checkpoint --model; --prompts, JSON lines with `prompt`, asked through the checkpoint's chat template
+writes  generate_<model>.json (every measurement) and .html (plot) in --output
+
+engines
+{engines}
+
+examples
+  tspin bench generate --quick --model smollm2 --prompts questions.jsonl
+  tspin bench generate --model smollm2 --prompts questions.jsonl --engines ours transformers"""
 
 _GPU_DESCRIPTION = """Run every check and benchmark of a GPU, in less than eight minutes on one H100 or H200.
 
@@ -81,6 +97,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     )
     step.set_defaults(run=run)
     _add_noise(benches)
+    _add_generate(benches)
     _add_gpu(benches)
 
 
@@ -92,6 +109,35 @@ def _add_noise(benches: "Subparsers") -> None:
     _add_threads(noise)
     _add_output(noise)
     noise.set_defaults(run=run_noise)
+
+
+def _add_generate(benches: "Subparsers") -> None:
+    from megatron_tspin.benchmark.answers.settings import ENGINES
+
+    engines = "\n".join(f"  {name:<24}{what}" for name, what in ENGINES.items())
+    description = _GENERATE_DESCRIPTION.format(engines=engines)
+    generate = command_parser(benches, "generate", "tokens a second of answers", description)
+    generate.add_argument(
+        "--model", type=Path, metavar="HF_DIR", help="checkpoint of the policy [the quickstart's tiny one]"
+    )
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="questions to answer [64 of random tokens]")
+    generate.add_argument("--engines", nargs="+", choices=list(ENGINES), help="what to measure [all; --quick: two]")
+    generate.add_argument(
+        "--new-tokens", type=positive_number, default=128, metavar="N", help="most tokens of an answer [128]"
+    )
+    generate.add_argument("--quick", action="store_true", help="a batch of 64 alone, within six minutes on two cores")
+    generate.add_argument(
+        "--rounds", type=positive_number, metavar="N", help="measurements of each engine [3; --quick: 2]"
+    )
+    generate.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="start no further round of an engine that would end later [no limit; --quick: 5.5]",
+    )
+    _add_threads(generate)
+    _add_output(generate)
+    generate.set_defaults(run=run_generate)
 
 
 def _add_gpu(benches: "Subparsers") -> None:
@@ -220,6 +266,49 @@ def step_settings(args: argparse.Namespace) -> "StepSettings":
     fields = {field.name for field in dataclasses.fields(StepSettings)} - {"model"}
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in fields}
     return settle(given, args.quick, read_architecture(args.model or example_folder() / "checkpoint"))
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Runs the comparison of engines.
+
+    Raises:
+        InputError: Model or prompts cannot be read.
+        StageError: Our engine or transformers' could not be measured.
+    """
+    from megatron_tspin.benchmark.answers.measure import run_answer_benchmark
+    from megatron_tspin.benchmark.answers.output import print_result, write_result
+    from megatron_tspin.benchmark.answers.prompts import read_questions
+    from megatron_tspin.benchmark.answers.settings import (
+        ENGINES,
+        OURS,
+        TRANSFORMERS,
+        AnswerSettings,
+        random_prompts,
+        workloads,
+    )
+    from megatron_tspin.cli.quickstart import example_folder
+    from megatron_tspin.models.hf_config import read_architecture
+
+    architecture = read_architecture(args.model or example_folder() / "checkpoint")
+    prompts = random_prompts(architecture, 0) if args.prompts is None else read_questions(architecture, args.prompts)
+    wanted = args.engines or ((OURS, TRANSFORMERS) if args.quick else tuple(ENGINES))
+    settings = AnswerSettings(
+        model=str(architecture.folder),
+        prompts=prompts,
+        workloads=workloads(args.quick),
+        engines=tuple(name for name in ENGINES if name in wanted),
+        new_tokens=args.new_tokens,
+        rounds=args.rounds or (2 if args.quick else 3),
+        threads=args.threads,
+        minutes=args.minutes or (5.5 if args.quick else None),
+    )
+    result = run_answer_benchmark(settings)
+    write_result(result, args.output)
+    print_result(result)
+    failed = result.failures((OURS, TRANSFORMERS))
+    if failed:
+        raise StageError("these engines could not be measured\n" + "\n".join(failed))
+    return EXIT_OK
 
 
 def run_noise(args: argparse.Namespace) -> int:

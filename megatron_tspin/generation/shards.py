@@ -94,7 +94,7 @@ class Request:
         """Hex SHA-256 of the ids and tokens of all prompts."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(json.dumps([prompt.id, list(prompt.ids)]).encode())
+            digest.update(json.dumps([prompt.id, list(prompt.ids), *[prompt.sample] * bool(prompt.sample)]).encode())
         return digest.hexdigest()
 
 
@@ -246,6 +246,7 @@ def _response(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Response:
         ended=answer.ended,
         ended_by=answer.ids[-1] if answer.ended else None,
         text=tokenizer.decode(answer.ids),
+        sample=prompt.sample,
     )
 
 
@@ -259,7 +260,7 @@ def read_shards(request: Request, folder: Path) -> list[Response]:
     for number, prompts in enumerate(request.shards()):
         path = shard_path(folder, number)
         found = list(read_records(path, Response))
-        if [response.id for response in found] != [prompt.id for prompt in prompts]:
+        if [(response.id, response.sample) for response in found] != [(prompt.id, prompt.sample) for prompt in prompts]:
             raise ArtifactError(f"{path}: its answers are not those to this run's prompts; remove the file")
         if sha256_file(path) != read_text(shard_digest(path)).strip():
             raise ArtifactError(f"{path}: was changed since it was written; remove the file, then it is made again")

@@ -175,7 +175,7 @@ def _make_way(output: Path, overwrite: bool) -> None:
 
 
 def generate_file(
-    config: Config, load: Path, prompts: Path, output: Path, iteration: int, overwrite: bool = False
+    config: Config, load: Path, prompts: Path, output: Path, iteration: int, samples: int = 1, overwrite: bool = False
 ) -> None:
     """Answers the prompts of a JSONL file. Shards of the same answers that are there are kept.
 
@@ -185,6 +185,7 @@ def generate_file(
         prompts: See `user_examples.read_prompts`.
         output: Folder for the shards.
         iteration: Part of the key of the randomness.
+        samples: Answers to each prompt; they follow one another in the shards.
         overwrite: Remove the shards of other answers instead of refusing to mix them.
     """
     examples = read_prompts(prompts, config.data)
@@ -192,6 +193,10 @@ def generate_file(
         if overwrite:
             on_first_rank(lambda: remove_shards(output), player.topology)
         ids = player.template.prompt_ids(examples)
-        wanted = [Prompt(example.id, prompt) for example, prompt in zip(examples, ids, strict=True)]
+        wanted = [
+            Prompt(example.id, prompt, sample)
+            for example, prompt in zip(examples, ids, strict=True)
+            for sample in range(samples)
+        ]
         player.check_lengths(wanted, prompts)
         player.answer(wanted, f"generate/{iteration}", output)

@@ -146,7 +146,7 @@ def test_stage_commands_call_their_functions(calls: Calls, world: Path, run_yaml
         ),
         (
             ["generate", *config_flag, "--load", "a", "--prompts", "b", "--output", "c"],
-            ("generate_file", (Config.model_validate(answered), here("a"), here("b"), here("c"), 0, False)),
+            ("generate_file", (Config.model_validate(answered), here("a"), here("b"), here("c"), 0, 1, False)),
         ),
         (
             ["evaluate", *config_flag, "--load", "a", "--iteration", "3", "--output", "c"],

@@ -85,6 +85,7 @@ def test_answers_come_in_document_order_on_every_rank(layout: dict[str, int], ra
             "ended": True,
             "ended_by": 1,
             "text": " ".join(map(str, [*prompt.ids, 1])),
+            "sample": 0,
         }
         for prompt in request().prompts
     ]
@@ -166,6 +167,17 @@ def test_ranks_that_read_other_prompts_do_not_begin(ranks: Any, tmp_path: Path) 
 def generate_others_on_rank_1(folder: Path) -> Any:
     prompts = [Prompt(f"p{i}", [4 + int(os.environ["RANK"])]) for i in range(COUNT)]
     return generate(request(prompts=prompts), folder, ParallelSection(tensor_model_parallel_size=2))
+
+
+def test_several_answers_to_a_prompt(ranks: Any, tmp_path: Path) -> None:
+    prompts = [replace(prompt, sample=number) for prompt in request().prompts for number in range(2)]
+    ((answers, _),) = ranks(1).run(generate, request(prompts=prompts), tmp_path / "two", ParallelSection())
+    assert [(answer["id"], answer["sample"]) for answer in answers] == [(each.id, each.sample) for each in prompts]
+    first, second = answers[::2], answers[1::2]
+    assert all(one["token_log_probs"] != two["token_log_probs"] for one, two in zip(first, second, strict=True))
+    ((alone, _),) = ranks(1).run(generate, request(), tmp_path / "one", ParallelSection())
+    assert alone == first, "how many are wanted changes none of them"
+    assert "sample" not in shard_path(tmp_path / "one", 0).read_text()
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [

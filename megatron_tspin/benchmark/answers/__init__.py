@@ -1,0 +1,1 @@
+"""How fast prompts are answered: our engine beside others, on the same weights and prompts."""
