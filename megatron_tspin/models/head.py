@@ -315,5 +315,5 @@ def shard_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, rule: L
     """
     rows = weight[: shard.valid]
     if hidden.dtype == torch.float32 and not hidden.is_cuda:
-        return rule.apply(few_tokens_product(hidden, rows).contiguous())
+        return rule.apply(few_tokens_product(hidden, rows))
     return rule.apply(_matmul_fp32(hidden, rows.t()))

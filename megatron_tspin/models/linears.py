@@ -14,8 +14,9 @@ _FEW_TOKENS = 256
 
 
 def few_tokens_product(tokens: Tensor, weight: Tensor) -> Tensor:
-    """The product [t, n] of tokens [t, k] and a weight [n, k], laid out column by column."""
-    return (weight @ tokens.t()).t()
+    """The product [t, n] of tokens [t, k] and a weight [n, k]."""
+    # Laid out row by row, as kernels of attention and collectives have to have it.
+    return (weight @ tokens.t()).t().contiguous()
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -31,8 +32,7 @@ class RowLinear(RowParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = _of_few_tokens(input, weight, kwargs.get("bias"))
-        # What is summed over TP next has to lie as collectives need it.
-        return super()._forward_impl(input, weight, *args, **kwargs) if found is None else found.contiguous()
+        return super()._forward_impl(input, weight, *args, **kwargs) if found is None else found
 
 
 def _of_few_tokens(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -69,14 +69,14 @@ def answer(folder: Path, layout: ParallelSection, slots: int, settings: dict[str
         return [(a.ids, a.ended, a.log_probs, score) for a, score in zip(answers, scored, strict=True)]
 
 
-def greedy_by_transformers(folder: Path) -> list[list[int]]:
-    """The judge."""
+def greedy_by_transformers(folder: Path, prompts: list[list[int]] | None = None) -> list[list[int]]:
+    """The judge; of `prompts_of(13)`, or others."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
-    for prompt in prompts_of(13):
+    for prompt in prompts or prompts_of(13):
         ids = torch.tensor([prompt])
         out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=list(STOPS), pad_token_id=0)
         found.append(out[0, len(prompt) :].tolist())

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from megatron_tspin.config import ParallelSection
-from tests.generation.answers import NEW_TOKENS, load, run_engine
+from tests.generation.answers import NEW_TOKENS, greedy_by_transformers, load, run_engine
 from tests.rank_pool import in_layout
 
 PROMPTS = [[5], [3 + i % 90 for i in range(90)], [7, 8], [40] * 33]
@@ -27,6 +28,18 @@ def test_one_long_prompt(kind: str, temperature: float, ranks: Any, tiny_checkpo
     together, alone = ranks(1).run(together_and_alone, tiny_checkpoint(kind), ParallelSection(), temperature)[0]
     assert together == alone
     assert all(0 < len(ids) <= NEW_TOKENS for ids in together)
+
+
+def answer_greedily(folder: Path, slots: int) -> list[list[int]]:
+    with in_layout(ParallelSection()) as topology, patch("megatron_tspin.models.segment_plan._CALL", 0.0):
+        model = load(folder, ParallelSection(), topology)
+        return [answer.ids for answer in run_engine(model, topology, PROMPTS, {"temperature": 0.0}, slots)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_prompts_that_attention_takes_block_by_block(slots: int, ranks: Any, tiny_checkpoint: Any) -> None:
+    folder = tiny_checkpoint("tied")
+    assert ranks(1).run(answer_greedily, folder, slots)[0] == greedy_by_transformers(folder, PROMPTS)
 
 
 def test_one_new_token(ranks: Any, tiny_checkpoint: Any) -> None:

@@ -47,9 +47,10 @@ def print_result(result: AnswerResult) -> None:
 def _title(result: AnswerResult) -> str:
     settings, machine = result.settings, result.machine
     rate = max(result.matmul_flops_per_second, default=float("nan")) / 1e9
+    lengths = [len(prompt) for prompt in settings.prompts]
     return (
-        f"Answers of {Path(settings.model).name} in fp32, sampled at temperature 1, up to {settings.new_tokens} tokens, to "
-        f"prompts of {min(map(len, settings.prompts))} to {max(map(len, settings.prompts))} tokens\n"
+        f"Answers of {Path(settings.model).name} in fp32, sampled at temperature 1, up to {settings.new_tokens} "
+        f"tokens, to prompts of {min(lengths)} to {max(lengths)} tokens\n"
         f"{machine['cpu']}, {settings.threads} threads of {machine['cores']} cores, matrix products {rate:.0f} GFLOP/s"
     )
 
