@@ -40,7 +40,7 @@ def _of_few_tokens(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     count = tokens.numel() // tokens.shape[-1]
     if torch.is_grad_enabled() or tokens.is_cuda or count > _FEW_TOKENS:
         return None
-    product = few_tokens_product(tokens.reshape(count, -1), weight)
+    product = few_tokens_product(tokens.reshape(count, tokens.shape[-1]), weight)
     if bias is not None:
         product = product + bias
-    return product.view(*tokens.shape[:-1], -1)
+    return product.view(*tokens.shape[:-1], weight.shape[0])
