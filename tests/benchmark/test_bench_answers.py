@@ -31,6 +31,7 @@ def settings(folder: Path, **changes: Any) -> AnswerSettings:
     return AnswerSettings(model=str(folder), prompts=PROMPTS, threads=1, **{**given, **changes})
 
 
+@pytest.mark.processes
 def test_both_engines_answer(tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_answer_benchmark(settings(tiny_checkpoint("tied")))
     assert not result.failures((OURS, TRANSFORMERS))
@@ -45,6 +46,7 @@ def test_both_engines_answer(tiny_checkpoint: Any, tmp_path: Path, capsys: pytes
     assert "batch 2, all of one length" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_an_engine_that_fails_is_named(tmp_path: Path) -> None:
     result = run_answer_benchmark(settings(tmp_path, engines=(TRANSFORMERS,)))
     (problem,) = result.failures((OURS, TRANSFORMERS))

@@ -1,6 +1,7 @@
 """A run small enough to be started many times, and the command lines that start it."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -95,7 +96,29 @@ def succeed(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return done
 
 
+SAMPLED = ("token_log_probs", "mean_log_prob", "log_prob_sampled")
+"""What the engine measured while it sampled. The answers do not depend on which others were in a step with them; these
+do, as matrix products of another size round otherwise. Training computes its own."""
+
+
 def sha256_of(folder: Path, *patterns: str) -> dict[str, str]:
-    """Hex SHA-256 by path relative to the folder."""
+    """Hex SHA-256 by path relative to the folder; of JSON files, of all but `SAMPLED`."""
     files = sorted({path for pattern in patterns for path in folder.rglob(pattern)})
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): content_sha256(path) for path in files}
+
+
+def content_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file; of a JSON file with `SAMPLED`, of what is left without them."""
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl") and any(f'"{name}"'.encode() in content for name in SAMPLED):
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        records = [json.loads(line) for line in lines]
+        content = json.dumps([{k: v for k, v in each.items() if k not in SAMPLED} for each in records]).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def sampled_log_probs(folder: Path) -> list[float]:
+    """Token log-probs of all answers in a folder's shards."""
+    shards = sorted(folder.rglob("shard_*.jsonl"))
+    lines = [line for shard in shards for line in shard.read_text(encoding="utf-8").splitlines()]
+    return [value for line in lines for value in json.loads(line)["token_log_probs"]]

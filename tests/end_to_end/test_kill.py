@@ -18,6 +18,7 @@ from tests.end_to_end.small_run import (
     TIMEOUT_SECONDS,
     command,
     environment,
+    sampled_log_probs,
     sha256_of,
     tree_of,
     write_config,
@@ -203,6 +204,7 @@ def check_same(killed: Path, unbroken: Path) -> None:
         expected = sha256_of(unbroken, *patterns)
         assert len(expected) >= least, sorted(expected)
         assert sha256_of(killed, *patterns) == expected
+    assert sampled_log_probs(killed) == pytest.approx(sampled_log_probs(unbroken), abs=1e-4)
     for iteration in range(2):
         found = losses(killed, iteration)
         assert [line["step"] for line in found] == list(range(1, NUM_STEPS + 1))
