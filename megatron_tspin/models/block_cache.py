@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tspin.models.packed_attention import PackedAttention
-from megatron_tspin.models.row_layout import Bundle, RowLayout
+from megatron_tspin.models.prompt_row import PromptRow
 from megatron_tspin.models.scores import Scores
 from megatron_tspin.platform import to_device
 
@@ -57,7 +57,9 @@ class BlockCache:
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self._free = list(range(blocks))  # a heap
+        self._reached = 0  # blocks at the front that have been taken at some time
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+        self._zeroed: dict[int, int] = {}
 
     @property
     def used(self) -> int:
@@ -75,6 +77,7 @@ class BlockCache:
             if not self._free:
                 raise ValueError(f"all {self.blocks} blocks of the key-value cache are taken")
             sequence.blocks.append(heapq.heappop(self._free))
+            self._reached = max(self._reached, sequence.blocks[-1] + 1)
 
     def release(self, sequence: CachedSequence) -> None:
         """Takes the blocks of a sequence back."""
@@ -112,90 +115,92 @@ class BlockCache:
             value: [tokens, key groups, d], likewise.
         """
         if layer not in self._pools:
-            # Zeros, as what has no probability must not be infinity or NaN. A CPU gives the memory when it is written.
-            keys, values = (each.new_zeros(self.blocks, each.shape[1], BLOCK, each.shape[2]) for each in (key, value))
+            keys, values = (each.new_empty(self.blocks, each.shape[1], BLOCK, each.shape[2]) for each in (key, value))
             self._pools[layer] = keys, values
-        return self._pools[layer]
+        keys, values = self._pools[layer]
+        # A value without probability must not be infinity or NaN. Zeroed when first needed, as a CPU is slow to give
+        # memory, and most answers end early.
+        values[self._zeroed.get(layer, 0) : self._reached] = 0
+        self._zeroed[layer] = self._reached
+        return keys, values
 
-    def step(self, sequences: Sequence[CachedSequence], prompts: Sequence[int]) -> "StepLayout":
+    def step(self, sequences: Sequence[CachedSequence], prompts: PromptRow) -> "StepLayout":
         """One more token of each sequence, and the prompts of sequences behind them in the list.
 
         Args:
-            sequences: The last `len(prompts)` of them are empty.
-            prompts: Tokens of each prompt.
+            sequences: Those of the prompts are last, and empty.
+            prompts: The row of the prompts.
 
         Raises:
             ValueError: There are not blocks enough.
         """
-        decoding = len(sequences) - len(prompts)
-        for sequence, tokens in zip(sequences, [1] * decoding + list(prompts), strict=True):
+        decoding = len(sequences) - len(prompts.places)
+        for sequence, tokens in zip(sequences, [1] * decoding + list(map(len, prompts.places)), strict=True):
             self.extend(sequence, tokens)
-        return StepLayout(cache=self, sequences=tuple(sequences), lengths=tuple(prompts))
+        return StepLayout(cache=self, sequences=tuple(sequences), prompts=prompts)
 
 
 @dataclass
 class StepLayout(PackedSeqParams):
-    """The one packed row of a step of generation: first the next token of some sequences, then whole prompts.
+    """The one packed row of a step of generation: first the next token of some sequences, then the row of the prompts.
 
     It reaches the attention of every layer through megatron-core's `packed_seq_params`.
 
     Attributes:
         cache: Where the sequences are; has room for the step's tokens.
-        sequences: In the order of the row, lengths with the step's tokens.
-        lengths: Tokens of each prompt; the last sequences' own.
+        sequences: Those that decode, then those of the prompts; lengths with the step's tokens.
+        prompts: The prompts' row.
     """
 
     qkv_format: str = "sbhd"  # as `RowLayout`'s
     cache: BlockCache = field(default_factory=lambda: BlockCache(0))
     sequences: tuple[CachedSequence, ...] = ()
-    lengths: tuple[int, ...] = ()
+    prompts: PromptRow = PromptRow(0, (), ())
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def decoding(self) -> int:
         """Sequences that go on by one token."""
-        return len(self.sequences) - len(self.lengths)
+        return len(self.sequences) - len(self.prompts.places)
 
     @property
     def tokens(self) -> int:
         """Tokens of the row."""
-        return self.decoding + sum(self.lengths)
-
-    @cached_property
-    def prompts(self) -> RowLayout:
-        """The prompts as a packed row of their own."""
-        return RowLayout(bundles=tuple(Bundle(length, ()) for length in self.lengths), length=sum(self.lengths))
-
-    @cached_property
-    def _positions(self) -> NDArray[np.int64]:
-        """Of each token in its sequence."""
-        decoding = [sequence.length - 1 for sequence in self.sequences[: self.decoding]]
-        return np.concatenate([np.array(decoding, dtype=np.int64), *map(np.arange, self.lengths)])
+        return self.decoding + self.prompts.tokens
 
     @cached_property
     def position_ids(self) -> Tensor:
         """int64 [1, tokens]."""
-        return to_device(self._positions)[None]
+        decoding = [sequence.length - 1 for sequence in self.sequences[: self.decoding]]
+        return to_device(np.concatenate((np.array(decoding, dtype=np.int64), self.prompts.positions)))[None]
 
     @cached_property
     def last_tokens(self) -> Tensor:
         """Where in the row each sequence ends, int64 [sequences]."""
-        return to_device(np.cumsum(self._counts) - 1)
+        return to_device(np.array([places[-1] for places in self._rows_of], dtype=np.int64))
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Block and offset of each token of the row, int64 [tokens] each."""
-        number = self._positions // BLOCK
-        blocks = [
-            np.asarray(sequence.blocks)[number[end - count : end]]
-            for sequence, count, end in zip(self.sequences, self._counts, np.cumsum(self._counts), strict=True)
-        ]
-        return to_device(np.concatenate(blocks)), to_device(self._positions % BLOCK)
+    def _rows_of(self) -> list[NDArray[np.int64]]:
+        """Of each sequence, where in the row its tokens are."""
+        decoding = list(np.arange(self.decoding)[:, None])
+        return decoding + [self.decoding + places for places in self.prompts.places]
 
-    @property
-    def _counts(self) -> list[int]:
-        """Tokens of each sequence in the row."""
-        return [1] * self.decoding + list(self.lengths)
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where tokens of the row go, int64 [written] each: place in the row, block, offset in the block.
+
+        A token that several sequences share goes to each of them.
+        """
+        positions = [
+            np.arange(sequence.length - len(rows), sequence.length)
+            for sequence, rows in zip(self.sequences, self._rows_of, strict=True)
+        ]
+        blocks = [
+            np.asarray(sequence.blocks)[position // BLOCK]
+            for sequence, position in zip(self.sequences, positions, strict=True)
+        ]
+        offsets = np.concatenate(positions) % BLOCK
+        return to_device(np.concatenate(self._rows_of)), to_device(np.concatenate(blocks)), to_device(offsets)
 
     @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,15 +248,15 @@ class StepLayout(PackedSeqParams):
             [tokens, heads, d].
         """
         keys, values = self.cache.pools(layer, key, value)
-        block, offset = self._places
-        keys[block, :, offset] = key
-        values[block, :, offset] = value
+        row, block, offset = self._places
+        keys[block, :, offset] = key[row]
+        values[block, :, offset] = value[row]
         count = self.decoding
         parts = []
         if count:
             parts.append(self._decode(query[:count], keys, values, scores))
-        if self.lengths:
-            parts.append(packed(query[count:], key[count:], value[count:], self.prompts, scores))
+        if self.prompts.tokens:
+            parts.append(packed(query[count:], key[count:], value[count:], self.prompts.layout, scores))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:

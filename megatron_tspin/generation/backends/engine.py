@@ -1,7 +1,8 @@
 """This project's engine: the policy itself, over TP and PP, with continuous batching.
 
 A replica has a fixed number of slots. Each step is one packed row: the next token of every slot that is at work, and
-the whole prompts of those that have just been given one. A slot whose answer ends takes the next prompt.
+the whole prompts of those that have just been given one; what these begin with in common is there once. A slot whose
+answer ends takes the next prompt.
 
 Slots are divided into groups that take turns, at least as many as pipeline stages: while one stage computes a group's
 step, the others compute those of other groups. What a step has chosen is read (`_Flight.settle`) only when the group's
@@ -28,6 +29,7 @@ from megatron_tspin.generation.sampling import Decoding, choose, uniforms
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.models.block_cache import BlockCache, CachedSequence, StepLayout, blocks_for
 from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.models.prompt_row import prompt_row
 from megatron_tspin.parallel import Topology, broadcast_within_policy
 from megatron_tspin.platform import device, has_cuda, to_device
 
@@ -66,7 +68,8 @@ class Engine:
             return
         waiting = deque(requests)
         lengths = [len(request.ids) + decoding.max_new_tokens for request in requests]
-        groups = [_Group(*size) for size in self._size.divided(lengths, self._topology.pp_size)]
+        share = self._model.config.packed_attention != "thd"  # Transformer Engine's has no such rows
+        groups = [_Group(*size, share) for size in self._size.divided(lengths, self._topology.pp_size)]
         try:
             while waiting or any(group.busy for group in groups):
                 for group in groups:
@@ -158,11 +161,12 @@ class _Group:
         flights: Steps under way.
     """
 
-    def __init__(self, slots: int, blocks: int) -> None:
+    def __init__(self, slots: int, blocks: int, share: bool) -> None:
         self.live: list[_Row] = []
         self.flights: deque[_Flight] = deque()
         self._held: list[_Row] = []  # that have not given their blocks back
         self._slots = slots
+        self._share = share
         self._cache = BlockCache(blocks)
 
     @property
@@ -187,11 +191,9 @@ class _Group:
     def next_tokens(self) -> tuple[Tensor, StepLayout]:
         """The row of the next step, int64 [1, tokens], and its layout: new prompts are last."""
         known = [row for row in self.live if row.sequence.length]
-        new = [row.request.ids for row in self.live[len(known) :]]
-        prompts = to_device(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in ([], *new)]))
-        tokens = torch.cat((self._last_tokens(known), prompts))
-        layout = self._cache.step([row.sequence for row in self.live], [len(ids) for ids in new])
-        return tokens[None], layout
+        ids, prompts = prompt_row([row.request.ids for row in self.live[len(known) :]], self._share)
+        tokens = torch.cat((self._last_tokens(known), to_device(ids)))
+        return tokens[None], self._cache.step([row.sequence for row in self.live], prompts)
 
     def _last_tokens(self, rows: Sequence[_Row]) -> Tensor:
         """The token that each row's answer ends with so far, int64 [rows]; the host need not know it yet."""
