@@ -4,6 +4,7 @@ import datetime
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def _encode(
     name, count, first = facts["split"], 0, EncodedExamples()
     examples = staged.enter_context(atomic_path(examples_path(folder, name)))
 
-    def whole() -> dict[str, Any]:
+    @cache
+    def whole() -> dict[str, Any]:  # both documents ask for it; the file is complete by then
         return facts | {"examples_sha256": sha256_file(examples)}
 
     prompts, responses = (

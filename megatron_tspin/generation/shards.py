@@ -129,6 +129,7 @@ def generate_shards(
                 for index, answer in answers:
                     bar.update(1)
                     if sink.take(index, answer):
+                        beat(f"{request.purpose}, {len(mine) - sink.shards_left} of {len(mine)} shards written")
                         stopped = sink.answers_left > 0 and _stop_is_asked(topology)
                         if stopped:
                             break
@@ -159,6 +160,11 @@ class _Sink:
     def answers_left(self) -> int:
         """Answers that are not in a shard that was written."""
         return sum(map(len, self._prompts.values()))
+
+    @property
+    def shards_left(self) -> int:
+        """Shards that were not written."""
+        return len(self._prompts)
 
     def requests(self) -> list[PromptRequest]:
         """Shard after shard, so that few are begun at a time."""

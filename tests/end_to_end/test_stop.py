@@ -80,14 +80,14 @@ def torchrun(processes: Processes) -> int:
 def test_what_is_stopped_goes_on_to_the_same_bytes(stopped: Stopped, runs: Runs) -> None:
     run_dir, whole = stopped.run_dir, runs["dp2"]
 
-    stopped.start("synthetic/0, shard 1")
+    stopped.start("synthetic/0, 1 of")
     os.kill(stopped.driver.pid, signal.SIGTERM)
     wait_for(lambda: "asked the ranks to stop" in stopped.said(), stopped.said, 60)
     stopped.release()
     assert stopped.end() == EXIT_STOPPED, stopped.said()
     assert "stage rollout_000: stopped as SIGTERM asked: the whole shards of synthetic/0 are kept" in stopped.said()
     shards = {path.name: path.stat().st_mtime_ns for path in (run_dir / "iteration_000" / "synthetic").glob("*.jsonl")}
-    assert sorted(shards) == ["shard_00000.jsonl", "shard_00001.jsonl"]
+    assert len(shards) == 1
 
     stopped.start("train iteration 0, step 3")
     for name, written in shards.items():

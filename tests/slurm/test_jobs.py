@@ -93,7 +93,7 @@ def submitted(cluster: Cluster, tmp_path: Path) -> Iterator[Submitted]:
 
 def test_a_run_goes_on_whatever_happens_to_its_job(submitted: Submitted, cluster: Cluster) -> None:
     run_dir = submitted.run_dir
-    submitted.pause_at("synthetic/0, shard 1")
+    submitted.pause_at("synthetic/0, 1 of")
     submitted.submit()
 
     # The time limit comes near: the run is asked to stop, saves, and queues itself again.
