@@ -142,3 +142,12 @@ def seed_everything(seed: int) -> None:
     """Seeds Python and torch. Nothing that the project computes draws from them; libraries might."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def free_bytes() -> float:
+    """Memory that this rank may count on."""
+    if has_cuda():
+        return float(torch.cuda.mem_get_info()[0])
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tspin.models.autograd import already_added, run
-from megatron_tspin.models.linears import few_tokens_product
+from megatron_tspin.models.linears import PackedWeight
 
 # Positions and vocabulary rows of a tile. On a CPU it has to stay in the cache (2 MiB in fp32), on a GPU it has to fill
 # the device (512 MiB); measured by `benchmarks/triplet_step.py`.
@@ -308,12 +308,18 @@ def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right.float())
 
 
-def shard_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, rule: LogitsRule = PLAIN) -> Tensor:
-    """Logits fp32 [n, shard.valid] of this shard's real tokens after hidden states [n, h]; without gradient.
+def shard_logits(
+    hidden: Tensor, weight: Tensor, rule: LogitsRule = PLAIN, packed: PackedWeight | None = None
+) -> Tensor:
+    """Logits fp32 [n, v] of tokens after hidden states [n, h]; without gradient.
 
     They are plain fp32 sums: what `sequence_log_probs` adds to their precision, sampling has no use for.
+
+    Args:
+        hidden: [n, h].
+        weight: The tokens' rows of the head, [v, h].
+        rule: What the family does to logits.
+        packed: The same rows.
     """
-    rows = weight[: shard.valid]
-    if hidden.dtype == torch.float32 and not hidden.is_cuda:
-        return rule.apply(few_tokens_product(hidden, rows))
-    return rule.apply(_matmul_fp32(hidden, rows.t()))
+    found = packed.product(hidden) if packed is not None else None
+    return rule.apply(_matmul_fp32(hidden, weight.t()) if found is None else found)

@@ -21,6 +21,7 @@ from megatron_tspin.models.head import (
     sequence_log_probs,
     shard_logits,
 )
+from megatron_tspin.models.linears import PackedWeight, can_be_packed, pack_weights, unpack_weights
 from megatron_tspin.models.rotary import RotaryFrequencies
 from megatron_tspin.models.row_layout import RowLayout
 
@@ -43,6 +44,7 @@ class PolicyModel(GPTModel):
         self.architecture = architecture
         self.rotary = rotary
         self._rule = LogitsRule(architecture.logits_scale, architecture.logits_cap)
+        self._packed_head: PackedWeight | None = None
 
     def forward(
         self,
@@ -79,7 +81,7 @@ class PolicyModel(GPTModel):
             return hidden
         if isinstance(layout, StepLayout):
             last = hidden[:, 0].index_select(0, layout.last_tokens)
-            return shard_logits(last, self._output_weight(), self.vocabulary_shard(), self._rule)
+            return shard_logits(last, self._real_output_weight(), self._rule, self._packed_head)
         if targets is None:
             raise ValueError("the last pipeline stage needs the responses whose log-probs it has to compute")
         log_probs = self._sequence_log_probs(hidden, targets)
@@ -118,6 +120,21 @@ class PolicyModel(GPTModel):
             weight = self.output_layer.weight
         return weight
 
+    def _real_output_weight(self) -> Tensor:
+        """The head's rows of this rank without those that pad the vocabulary."""
+        return self._output_weight()[: self.vocabulary_shard().valid]
+
+    def pack_weights(self) -> None:
+        """Makes steps of generation faster where this device can (`linears`); takes as much memory as the weights."""
+        pack_weights(self)
+        if self.post_process and can_be_packed(head := self._real_output_weight()):
+            self._packed_head = PackedWeight(head)
+
+    def unpack_weights(self) -> None:
+        """Gives that memory back."""
+        unpack_weights(self)
+        self._packed_head = None
+
     def vocabulary_shard(self) -> VocabularyShard:
         """The rows of the vocabulary that this rank's head holds."""
         group = self.pg_collection.tp
@@ -148,3 +165,8 @@ class _SumOverContext(torch.autograd.Function):
 def num_parameters(model: torch.nn.Module) -> int:
     """Number of parameters that this rank holds."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Memory of the parameters that this rank holds."""
+    return sum(parameter.nbytes for parameter in model.parameters())

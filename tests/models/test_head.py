@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tspin.config import ParallelSection
 from megatron_tspin.models import head
-from megatron_tspin.models.head import ResponseTargets, VocabularyShard, sequence_log_probs, shard_logits
+from megatron_tspin.models.head import LogitsRule, ResponseTargets, VocabularyShard, sequence_log_probs, shard_logits
+from megatron_tspin.models.linears import PackedWeight
 from tests.rank_pool import in_layout
 
 HIDDEN, POSITIONS, PADDED = 16, 14, 128
@@ -260,18 +261,13 @@ def test_logits_of_all_tokens_never_exist(diagnostics: bool, dtype: torch.dtype)
     assert largest_output(plain_log_probs, dtype, tokens, vocab_size, width) >= tokens * vocab_size
 
 
-def sampling_logits(tp: int) -> Any:
-    with in_layout(ParallelSection(tensor_model_parallel_size=tp)) as topology:
-        hidden, weight, _, _ = inputs(101)
-        shard = shard_of(topology.tp_rank, tp, 101, topology.tp_group)
-        return shard_logits(hidden, weight[shard.first : shard.first + shard.size], shard).numpy()
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_logits_for_sampling_leave_the_padding_out(tp: int, ranks: Any) -> None:
+@pytest.mark.parametrize("rule", [LogitsRule(), LogitsRule(scale=0.5, cap=3.0)])
+@torch.no_grad()
+def test_logits_for_sampling(rule: LogitsRule) -> None:
     hidden, weight, _, _ = inputs(101)
-    found = torch.cat([torch.from_numpy(part) for part in ranks(tp).run(sampling_logits, tp)], dim=1)
-    assert torch.allclose(found, hidden @ weight[:101].t(), rtol=1e-5, atol=1e-5)
+    expected = rule.apply(hidden @ weight.t())
+    for packed in (None, PackedWeight(weight)):
+        assert torch.allclose(shard_logits(hidden, weight, rule, packed), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_extreme_logits() -> None:

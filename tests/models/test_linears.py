@@ -1,21 +1,39 @@
-"""Products of few tokens are those of many, and lie in memory as kernels expect them."""
+"""A product with a packed weight is that with the weight, and is not had from a weight that has changed since."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from megatron_tspin.models.linears import _of_few_tokens, few_tokens_product
+from megatron_tspin.models.linears import PackedWeight, can_be_packed
+
+pytestmark = pytest.mark.skipif(not can_be_packed(torch.zeros(1, 1)), reason="torch was built without oneDNN")
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 65])
-def test_product_of_few_tokens(tokens: int) -> None:
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 1), (65,), (300,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@torch.no_grad()
+def test_product(shape: tuple[int, ...], with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    states, weight = torch.randn(tokens, 24, generator=generator), torch.randn(40, 24, generator=generator)
-    found = few_tokens_product(states, weight)
-    assert found.is_contiguous(), "torch's flash kernel on a CPU takes the last dimension to be dense without a look"
-    assert torch.allclose(found, states @ weight.t(), atol=1e-5)
+    states, weight = torch.randn(*shape, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    bias = torch.randn(40, generator=generator) if with_bias else None
+    found = PackedWeight(weight).product(states, bias)
+    assert found is not None and found.is_contiguous()
+    assert torch.allclose(found, torch.nn.functional.linear(states, weight, bias), atol=1e-5)
+    apart = states.flatten(0, -2).t().contiguous().t().view_as(states)
+    assert torch.equal(found, PackedWeight(weight).product(apart, bias)), "however the states lie in memory"
 
 
-def test_an_expert_without_tokens() -> None:
+@pytest.mark.parametrize("change", [lambda weight: weight.add_(1), lambda weight: weight[3:].zero_()])
+def test_a_weight_that_changed_is_not_used(change: Callable[[torch.Tensor], object]) -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    packed, states = PackedWeight(weight), torch.randn(1, 4)
+    assert packed.product(states) is None, "its gradient would be lost"
     with torch.no_grad():
-        found = _of_few_tokens(torch.zeros(0, 24), torch.zeros(40, 24), torch.zeros(40))
-    assert found is not None and found.shape == (0, 40)
+        assert packed.product(states) is not None
+        change(weight)
+        assert packed.product(states) is None
+
+
+def test_what_can_be_packed() -> None:
+    assert not can_be_packed(torch.zeros(1, 1, dtype=torch.bfloat16))

@@ -1,6 +1,5 @@
 """How many answers a replica writes at once, and the memory that their keys and values may take."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from megatron_tspin.log import get_logger
 from megatron_tspin.models.block_cache import BLOCK, blocks_for
 from megatron_tspin.models.policy import PolicyModel
 from megatron_tspin.parallel import Topology
-from megatron_tspin.platform import device, has_cuda
+from megatron_tspin.platform import device, free_bytes
 
 _SHARE = 0.5
 """Of the free memory, where no budget is set; the rest is for activations and logits."""
@@ -79,16 +78,7 @@ def cache_size(model: PolicyModel, topology: Topology, slots: int, gib: float | 
     width = config.kv_channels or config.hidden_size // config.num_attention_heads
     layers = len(model.decoder.layers)
     block_bytes = max(1, layers) * 2 * groups * width * BLOCK * torch.finfo(config.params_dtype).bits // 8
-    blocks = torch.tensor(int((_free_bytes() * _SHARE if gib is None else gib * _GIB) // block_bytes), device=device())
+    blocks = torch.tensor(int((free_bytes() * _SHARE if gib is None else gib * _GIB) // block_bytes), device=device())
     if topology.model_parallel_group.size() > 1:
         dist.all_reduce(blocks, dist.ReduceOp.MIN, group=topology.model_parallel_group)
     return CacheSize(slots, int(blocks), block_bytes, topology.speaks)
-
-
-def _free_bytes() -> float:
-    """Memory that this rank may count on."""
-    if has_cuda():
-        return float(torch.cuda.mem_get_info()[0])
-    with open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

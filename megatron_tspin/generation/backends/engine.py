@@ -28,13 +28,16 @@ from megatron_tspin.generation.backends.cache_size import CacheSize
 from megatron_tspin.generation.sampling import Decoding, choose, uniforms
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.models.block_cache import BlockCache, CachedSequence, StepLayout, blocks_for
-from megatron_tspin.models.policy import PolicyModel
+from megatron_tspin.models.policy import PolicyModel, weight_bytes
 from megatron_tspin.models.prompt_row import prompt_row
 from megatron_tspin.parallel import Topology, broadcast_within_policy
-from megatron_tspin.platform import device, has_cuda, to_device
+from megatron_tspin.platform import device, free_bytes, has_cuda, to_device
 
 PROMPT_TOKENS = 2048
 """Most prompt tokens of a step that has more than one prompt: what bounds its activations."""
+
+_PACKED_SHARE = 0.25
+"""Of the free memory, for a copy of the weights that is faster to compute with."""
 
 
 class Engine:
@@ -58,9 +61,12 @@ class Engine:
         self._size = size
         self._lag = int(has_cuda()) if lag is None else lag
         self._sent: deque[tuple[Any, Tensor]] = deque()
+        if weight_bytes(model) < _PACKED_SHARE * free_bytes():
+            model.pack_weights()
 
     def close(self) -> None:
-        """Nothing outlives `answers`."""
+        """Gives memory back; nothing else outlives `answers`."""
+        self._model.unpack_weights()
 
     def answers(self, requests: Sequence[PromptRequest], decoding: Decoding) -> Generator[tuple[int, Answer]]:
         """See `Backend.answers`."""
