@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_tspin.models.block_cache import StepLayout
 from megatron_tspin.models.packed_attention import BACKENDS, PackedAttention
+from megatron_tspin.models.rotary import rotate
 from megatron_tspin.models.row_layout import RowLayout
 from megatron_tspin.models.scores import Scores, attend
 
@@ -39,21 +40,25 @@ class CausalAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *_: Any,
+        attention_bias: Tensor | None = None,
         packed_seq_params: RowLayout | StepLayout | None = None,
         **__: Any,
     ) -> Tensor:
         """Attends.
 
         Args:
-            query: [s, b, heads, d], rotated.
-            key: [s, b, key groups, d], rotated.
+            query: [s, b, heads, d].
+            key: [s, b, key groups, d].
             value: [s, b, key groups, d].
             attention_mask: See the class.
+            attention_bias: No bias, but how this layer's rope rotates queries and keys, if it does: see `PolicyLayer`.
             packed_seq_params: The layout of a packed row, of which s tokens are on this rank, or of a step; b is 1.
 
         Returns:
             [s, b, heads * d].
         """
+        if attention_bias is not None:
+            query, key = rotate(query, attention_bias), rotate(key, attention_bias)
         if isinstance(packed_seq_params, StepLayout):
             return self._of_step(query, key, value, packed_seq_params)
         if packed_seq_params is not None:

@@ -18,6 +18,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_tspin.models.packed_attention import PackedAttention
 from megatron_tspin.models.prompt_row import PromptRow
@@ -203,26 +204,25 @@ class StepLayout(PackedSeqParams):
         return to_device(np.concatenate(self._rows_of)), to_device(np.concatenate(blocks)), to_device(offsets)
 
     @cached_property
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Who owns the blocks at the front.
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Who owns the blocks at the front, which free ones may lie between.
 
         Returns:
-            Owner and first position of each block, int64 [blocks]; and the blocks of each decoding sequence, int64
-            [decoding, most blocks], filled up with a number that no block has.
+            Owner and first position of each block, int64 [blocks]; the blocks of all decoding sequences one after the
+            other, int64 [their number]; and where each sequence begins among them, int64 [decoding].
         """
         held = [sequence.blocks for sequence in self.sequences[: self.decoding]]
-        front, most = 1 + max(map(max, held)), max(map(len, held))
-        owner, first = np.zeros(front, dtype=np.int64), np.full(front, _NOWHERE)
-        table = np.full((len(held), most), front)
-        for number, blocks in enumerate(held):
-            owner[blocks], first[blocks] = number, np.arange(len(blocks)) * BLOCK
-            table[number, : len(blocks)] = blocks
-        return to_device(owner), to_device(first), to_device(table)
+        counts, order = list(map(len, held)), np.concatenate(held)
+        owner, first = np.zeros(1 + order.max(), dtype=np.int64), np.full(1 + order.max(), _NOWHERE)
+        owner[order] = np.repeat(np.arange(len(held)), counts)
+        first[order] = BLOCK * np.concatenate(list(map(np.arange, counts)))
+        starts = np.cumsum([0, *counts[:-1]])
+        return to_device(owner), to_device(first), to_device(order), to_device(starts)
 
     def _hidden(self, window: int | None) -> Tensor:
         """Bool [blocks, 1, 1, BLOCK]: whether the owner's token does not see the place."""
         if window not in self._masks:
-            owner, first, _ = self._tables
+            owner, first, _, _ = self._tables
             here = self.position_ids[0, : self.decoding].index_select(0, owner)[:, None]
             place = first[:, None] + torch.arange(BLOCK, device=first.device)
             hidden = place > here
@@ -261,36 +261,31 @@ class StepLayout(PackedSeqParams):
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
         """One query [decoding, heads, d] a sequence over its blocks; returns [decoding, heads, d]."""
-        owner, _, table = self._tables
-        front, groups = len(owner), keys.shape[1]
-        spread = query.view(len(query), groups, -1, query.shape[2]).index_select(0, owner)
-        found = _products(spread, keys[:front].transpose(2, 3)).mul_(scores.scale)
+        owner, _, order, starts = self._tables
+        front, groups, size, width = len(owner), *keys.shape[1:]
+        grouped = query.view(len(query), groups, -1, width).index_select(0, owner)
+        found = _products(grouped.flatten(0, 1), keys[:front].flatten(0, 1).transpose(1, 2)).mul_(scores.scale)
+        found = found.view(*grouped.shape[:3], size)
         if scores.cap is not None:
             found = found.div_(scores.cap).tanh_().mul_(scores.cap)
         found.masked_fill_(self._hidden(scores.window), -torch.inf)
-        # A block of which nothing is seen: exp(-inf - lowest) is zero, where exp(-inf - -inf) would be NaN.
-        largest = found.amax(-1, keepdim=True).clamp_(min=torch.finfo(found.dtype).min)
-        weights = found.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
-        part = _products(weights.to(values.dtype), values[:front])
-        # The blocks of each sequence side by side; the fill-up has no weight.
-        largest = _with_fill(largest, -torch.inf)[table]
-        total, part = _with_fill(total, 0.0)[table], _with_fill(part, 0.0)[table]
-        share = (largest - largest.amax(1, keepdim=True)).exp_()
-        out = (part * share).sum(1) / (total * share).sum(1)
+
+        def joined(blocks: Tensor, mode: str) -> Tensor:
+            """Over the blocks of each sequence, [decoding, columns] of [blocks, columns]."""
+            return F.embedding_bag(order, blocks, starts, mode=mode)
+
+        largest = joined(found.amax(-1).flatten(1), "max").view(-1, *grouped.shape[1:3])
+        weights = found.sub_(largest.index_select(0, owner)[..., None]).exp_()
+        part = _products(weights.to(values.dtype).flatten(0, 1), values[:front].flatten(0, 1))
+        total = joined(weights.sum(-1).flatten(1), "sum").view(*largest.shape, 1)
+        out = joined(part.view(front, -1), "sum").view(*largest.shape, width).div_(total)
         return out.reshape(query.shape).to(query.dtype)
 
 
-def _with_fill(tensor: Tensor, fill: float) -> Tensor:
-    """One more entry along the first dimension."""
-    return torch.cat((tensor, tensor.new_full((1, *tensor.shape[1:]), fill)))
-
-
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Batched products, summed and returned in fp32."""
+    """Products of [n, i, j] and [n, j, k], summed and returned in fp32."""
     if left.dtype == torch.float32:
-        return left @ right
+        return torch.bmm(left, right)
     if left.is_cuda:
-        out = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
-        return out.view(*left.shape[:3], -1)
-    return left.float() @ right.float()
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())

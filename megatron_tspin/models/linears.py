@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -44,13 +48,13 @@ class ColumnLinear(ColumnParallelLinear):
 
     packed: PackedWeight | None = None
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Under sequence parallelism megatron-core gathers the tokens in here.
-        if self.packed is not None and not self.sequence_parallel:
-            found = self.packed.product(input, kwargs.get("bias"))
-            if found is not None:
-                return found
-        return super()._forward_impl(input, weight, *args, **kwargs)
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's: the output [..., n / TP], and the bias if another adds it."""
+        if self.packed is not None and not (self.sequence_parallel or self.gather_output or args or kwargs):
+            product = self.packed.product(input_, None if self.skip_bias_add else self.bias)
+            if product is not None:
+                return product, self.bias if self.skip_bias_add else None
+        return super().forward(input_, *args, **kwargs)
 
 
 class RowLinear(RowParallelLinear):
@@ -58,12 +62,17 @@ class RowLinear(RowParallelLinear):
 
     packed: PackedWeight | None = None
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.packed is not None:
-            found = self.packed.product(input, kwargs.get("bias"))
-            if found is not None:
-                return found
-        return super()._forward_impl(input, weight, *args, **kwargs)
+    def forward(self, input_: Tensor) -> Any:
+        """As megatron-core's: the output [..., n], and the bias if another adds it."""
+        if self.packed is not None and self.input_is_parallel and not self.sequence_parallel:
+            product = self.packed.product(input_)
+            if product is not None:
+                if self.tp_group.size() > 1 and not self.explicit_expert_comm:
+                    product = reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
+                if self.skip_bias_add or self.bias is None:
+                    return product, self.bias
+                return product + self.bias, None
+        return super().forward(input_)
 
 
 def pack_weights(model: torch.nn.Module) -> None:

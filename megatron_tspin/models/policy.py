@@ -74,7 +74,7 @@ class PolicyModel(GPTModel):
         hidden: Tensor = self.decoder(
             hidden_states=embedded,
             attention_mask=attention_mask,
-            rotary_pos_emb=self.rotary.angles(position_ids),
+            rotary_pos_emb=self.rotary.rotations(position_ids),
             packed_seq_params=layout,
         )
         if not self.post_process:

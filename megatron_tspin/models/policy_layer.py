@@ -41,11 +41,16 @@ class PolicyLayer(TransformerLayer):
         self._layer_input: Tensor | None = None
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        """As megatron-core's, given the angles [ropes, s, b, 1, columns] of all ropes."""
+        """As megatron-core's, given the rotations [2, ropes, s, b, 1, columns / 2] of all ropes.
+
+        Its own way takes cosines and sines again in each layer. Ours goes by an argument that it hands through to the
+        core attention.
+        """
         if self.plan.parallel_residual:
             self._layer_input = hidden_states
-        angles = None if self.plan.rope is None else rotary_pos_emb[self.plan.rope]
-        return super()._forward_attention(hidden_states, *args, rotary_pos_emb=angles, **kwargs)
+        rotation = None if self.plan.rope is None else rotary_pos_emb[:, self.plan.rope]
+        kwargs |= {"rotary_pos_emb": None, "attention_bias": rotation}
+        return super()._forward_attention(hidden_states, *args, **kwargs)
 
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Any:
         given, self._layer_input = self._layer_input, None

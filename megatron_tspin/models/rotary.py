@@ -25,11 +25,25 @@ class RotaryFrequencies:
         self.attention_factors = [factor for _, factor in found]
         self._frequencies = torch.stack([frequencies for frequencies, _ in found])
 
-    def angles(self, position_ids: Tensor) -> Tensor:
-        """Angles [ropes, s, b, 1, columns] in fp32, both halves alike, for position ids [b, s]."""
+    def rotations(self, position_ids: Tensor) -> Tensor:
+        """Cosines and sines [2, ropes, s, b, 1, columns / 2] in fp32, for position ids [b, s]."""
         self._frequencies = self._frequencies.to(position_ids.device)
-        half = position_ids.t().float()[..., None] * self._frequencies[:, None, None, :]
-        return torch.cat((half, half), dim=-1).unsqueeze(3)
+        angles = (position_ids.t().float()[..., None] * self._frequencies[:, None, None, :]).unsqueeze(3)
+        return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(states: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the first columns of each head, as transformers' `apply_rotary_pos_emb` does: column i with i + half.
+
+    Args:
+        states: Queries or keys [s, b, heads, d].
+        rotation: Cosines and sines of one rope, [2, s, b, 1, columns / 2].
+    """
+    cos, sin = rotation.to(states.dtype)
+    half = cos.shape[-1]
+    first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
+    parts = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    return torch.cat(parts + [rest] * bool(rest.shape[-1]), dim=-1)
 
 
 def _frequencies(rope: Rope, head_dim: int, hf_folder: Path) -> tuple[Tensor, float]:
