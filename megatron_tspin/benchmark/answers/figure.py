@@ -31,14 +31,14 @@ def make_figure(result: AnswerResult) -> go.Figure:
             "array": [max(each) - median for each, median in zip(rates, medians, strict=True)],
             "arrayminus": [median - min(each) for each, median in zip(rates, medians, strict=True)],
         }
-        names = [workload.name for workload, _ in found]
+        names = [workload.name.replace(", ", ",<br>") for workload, _ in found]
         figure.add_bar(x=names, y=medians, error_y=errors, marker_color=colour, name=name, texttemplate="%{y:.0f}")
     settings = result.settings
     figure.update_layout(
         title=f"New tokens a second: {Path(settings.model).name} in fp32, up to {settings.new_tokens} tokens an answer"
         f"<br><sub>{result.machine['cpu']}, {settings.threads} threads</sub>",
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.2},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         height=520,
         margin={"t": 110},
     )

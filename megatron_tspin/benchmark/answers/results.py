@@ -106,6 +106,7 @@ class AnswerResult:
     def as_json(self) -> dict[str, Any]:
         """For the file of results."""
         settings = dataclasses.asdict(self.settings)
+        settings["model"] = Path(self.settings.model).name
         settings["prompts"] = [len(prompt) for prompt in self.settings.prompts]
         found = [
             {
