@@ -23,10 +23,10 @@ _ITERATION = 1  # iteration 0 has a beta of its own
 class OwnSide:
     """See the module; implements `side.Side`. The process has joined megatron-core's groups until it ends."""
 
-    def __init__(self, name: str, settings: StepSettings, batch: Sequence[TokenTriplet]) -> None:
+    def __init__(self, name: str, settings: StepSettings, batch: Sequence[TokenTriplet], num_steps: int = 1) -> None:
         self._triplets = as_triplets(batch)
         self._open = ExitStack()
-        self._trainer = _make_trainer(make_config(name, settings), self._open)
+        self._trainer = _make_trainer(make_config(name, settings), self._open, num_steps)
 
     def zero_gradients(self) -> None:
         """See `side.Side`. The trainer does it at the start of each step, inside the timed part."""
@@ -38,6 +38,10 @@ class OwnSide:
 
         sums = dict(zip(SUMMED, self._trainer.forward_backward(self._triplets).tolist(), strict=True))
         return {name: sums[name] for name in (LOSS, *(f"log_prob_{role}" for role in ROLES))}
+
+    def train_step(self, triplets: list[Triplet]) -> None:
+        """One step with its optimizer, of the number that this was made for."""
+        self._trainer.train_step(triplets)
 
     def versions(self) -> dict[str, str]:
         """See `side.Side`."""
@@ -82,7 +86,7 @@ def make_config(name: str, settings: StepSettings) -> Config:
     return load_config(None, flags)
 
 
-def _make_trainer(config: Config, still_open: ExitStack) -> Any:
+def _make_trainer(config: Config, still_open: ExitStack, num_steps: int) -> Any:
     """A trainer with the checkpoint's weights; `still_open` keeps this process's groups."""
     from megatron_tspin.checkpoint.hf_weights import load_hf
     from megatron_tspin.models.hf_config import read_architecture
@@ -94,4 +98,4 @@ def _make_trainer(config: Config, still_open: ExitStack) -> Any:
     model = make_model_provider(architecture, config.parallel, config.training, config.precision)()
     load_hf(model, topology)
     model.to(device())
-    return build_trainer(config, _ITERATION, topology, model, num_steps=1)
+    return build_trainer(config, _ITERATION, topology, model, num_steps)

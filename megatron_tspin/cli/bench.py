@@ -69,6 +69,18 @@ examples
   tspin bench generate --quick --model smollm2 --prompts questions.jsonl
   tspin bench generate --model smollm2 --prompts questions.jsonl --engines ours transformers"""
 
+_ITERATION_DESCRIPTION = """Measure a self-play iteration, rollout of y' and training, beside one in plain transformers.
+
+Both sides answer the same prompts with the same weights and threads, and train on the same triplets: transformers by
+`generate` and by one padded batch of all responses, with torch's RMSProp. Each stage is a process of its own, and the
+sides take turns. The last line printed is the speedup of both stages together.
+
+reads   the HF checkpoint --model; --data, JSON lines with `prompt` and `response`
+writes  iteration_<model>.json (every measurement) in --output
+
+example
+  tspin bench iteration --quick --model smollm2 --data annotated.jsonl"""
+
 _GPU_DESCRIPTION = """Run every check and benchmark of a GPU, in less than eight minutes on one H100 or H200.
 
 Each check runs in a process of its own with a time limit, so that none that fails or hangs stops the others. Models
@@ -98,6 +110,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     step.set_defaults(run=run)
     _add_noise(benches)
     _add_generate(benches)
+    _add_iteration(benches)
     _add_gpu(benches)
 
 
@@ -138,6 +151,23 @@ def _add_generate(benches: "Subparsers") -> None:
     _add_threads(generate)
     _add_output(generate)
     generate.set_defaults(run=run_generate)
+
+
+def _add_iteration(benches: "Subparsers") -> None:
+    iteration = command_parser(benches, "iteration", "rollout and training of an iteration", _ITERATION_DESCRIPTION)
+    iteration.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="checkpoint of the policy")
+    iteration.add_argument("--data", type=Path, required=True, metavar="JSONL", help="prompts and annotated responses")
+    iteration.add_argument("--prompts", type=positive_number, metavar="N", help="how many of them [64; --quick: 24]")
+    iteration.add_argument(
+        "--new-tokens", type=positive_number, default=128, metavar="N", help="most tokens of an answer [128]"
+    )
+    iteration.add_argument(
+        "--rounds", type=positive_number, metavar="N", help="measurements of each side [3; --quick: 1]"
+    )
+    iteration.add_argument("--quick", action="store_true", help="small enough for ten minutes on two cores")
+    _add_threads(iteration)
+    _add_output(iteration)
+    iteration.set_defaults(run=run_iteration)
 
 
 def _add_gpu(benches: "Subparsers") -> None:
@@ -308,6 +338,36 @@ def run_generate(args: argparse.Namespace) -> int:
     failed = result.failures((OURS, TRANSFORMERS))
     if failed:
         raise StageError("these engines could not be measured\n" + "\n".join(failed))
+    return EXIT_OK
+
+
+def run_iteration(args: argparse.Namespace) -> int:
+    """Runs the comparison of iterations.
+
+    Raises:
+        InputError: Model or data cannot be read.
+        ChildError: A side could not be measured.
+    """
+    from megatron_tspin.benchmark.answers.prompts import read_examples
+    from megatron_tspin.benchmark.iteration.measure import run_iteration_benchmark
+    from megatron_tspin.benchmark.iteration.settings import IterationSettings
+    from megatron_tspin.models.hf_config import read_architecture
+
+    architecture = read_architecture(args.model)
+    count = args.prompts or (24 if args.quick else 64)
+    prompts, responses = zip(*read_examples(architecture, args.data, count), strict=True)
+    settings = IterationSettings(
+        model=str(architecture.folder),
+        prompts=prompts,
+        responses=responses,
+        new_tokens=args.new_tokens,
+        global_batch_size=8 if args.quick else 16,
+        rounds=args.rounds or (1 if args.quick else 3),
+        threads=args.threads,
+    )
+    result = run_iteration_benchmark(settings)
+    result.write(args.output)
+    result.show()
     return EXIT_OK
 
 
