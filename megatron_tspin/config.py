@@ -1,6 +1,6 @@
 """Every setting of a run, with its type, its default, its bounds and its command-line flag.
 
-This, with the sections of `config_precision` and `config_launch`, is the only place that holds a default. A run is
+This, with the sections of the `config_*` modules, is the only place that holds a default. A run is
 described by a YAML file with the sections below; flags (with Megatron's names where Megatron has one) override it.
 Unknown keys, wrong types and impossible combinations are refused by name.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
+from megatron_tspin.config_generation import GenerationSection
 from megatron_tspin.config_launch import LaunchSection
 from megatron_tspin.config_precision import PrecisionSection
 from megatron_tspin.config_section import Section, execution, report, result, setting
@@ -337,44 +338,6 @@ class ParallelSection(Section):
         return self
 
 
-class GenerationSection(Section):
-    """How the policy answers the prompts."""
-
-    temperature: float = result(1.0, "--tspin-temperature", "Divides the logits; 0 is greedy.", ge=0)
-    top_p: float = result(1.0, "--tspin-top-p", "Smallest set of tokens with this probability.", gt=0, le=1)
-    top_k: int = result(0, "--tspin-top-k", "Number of most probable tokens; 0 is all.", ge=0)
-    max_new_tokens: int = result(256, "--tspin-max-new-tokens", "Most tokens of a response, EOS included.", ge=1)
-    stop: list[str] = result(
-        [],
-        "--tspin-stop",
-        "Where answers end as well as at EOS: token ids (whole numbers) and texts, which stay part of the answer.",
-    )
-    batch_size: int = execution(64, "--tspin-generation-batch-size", "Prompts answered at once by one replica.", ge=1)
-    cache_gib: float | None = execution(
-        None,
-        "--tspin-generation-cache-gib",
-        "GiB of keys and values on each rank; fewer prompts are answered at once if they do not suffice. "
-        "Default: half of the memory that is free.",
-        gt=0,
-    )
-    shard_size: int = execution(64, None, "Prompts in one resumable output file.", ge=1)
-    tensor_model_parallel_size: int | None = execution(
-        None, "--tspin-generation-tensor-model-parallel-size", "TP of generation. Default: training's.", ge=1
-    )
-    pipeline_model_parallel_size: int | None = execution(
-        None,
-        "--tspin-generation-pipeline-model-parallel-size",
-        "PP of generation. Default: 1 if a policy fits, else training's.",
-        ge=1,
-    )
-    data_parallel_size: int | None = execution(
-        None,
-        "--tspin-generation-data-parallel-size",
-        "DP of generation. Default: what of training's ranks is left.",
-        ge=1,
-    )
-
-
 class SelfPlaySection(Section):
     """The outer loop (Algorithm 1)."""
 
@@ -439,7 +402,27 @@ class Config(Section):
             raise ValueError("context_parallel_size above 1 needs training.layout = packed")
         if self.precision.fp8_param_gather and not self.parallel.use_distributed_optimizer:
             raise ValueError("precision.fp8_param_gather needs parallel.use_distributed_optimizer")
+        if self._samples_elsewhere and self.precision.rescored_prompts == 0:
+            raise ValueError(
+                "generation.engine = vllm needs precision.rescored_prompts of 1 or more: what another engine says of "
+                "its answers is scored again before they are trained on"
+            )
         return self
+
+    @property
+    def _samples_elsewhere(self) -> bool:
+        """Whether the answers that are trained on come from another engine than ours."""
+        return self.generation.engine != "megatron" and self.objective.method != "sft"
+
+    @property
+    def rescores(self) -> bool:
+        """Whether iterations start by scoring a sample of their responses again: for low precision, or an engine."""
+        return self.precision.rescores or self._samples_elsewhere
+
+    @property
+    def bounds_drift(self) -> bool:
+        """Whether an iteration is refused whose sampled answers have other log-probs than training computes."""
+        return self._samples_elsewhere
 
     def check_batches(self) -> None:
         """Raises ValueError if the batches of an optimizer step do not fit together."""
@@ -480,15 +463,21 @@ class Config(Section):
     def generation_layout(self, folded: bool = True) -> ParallelSection:
         """The layout of the stages that only run the policy forward, over as many ranks as training has.
 
+        With vLLM it is one rank, unless generation sets more.
+
         Args:
             folded: What generation does not set of PP and CP is 1, and DP larger in turn; otherwise PP is training's.
         """
         wanted, training = self.generation, self.parallel
-        tp = wanted.tensor_model_parallel_size or training.tensor_model_parallel_size
-        pp = wanted.pipeline_model_parallel_size or (1 if folded else training.pipeline_model_parallel_size)
+        if wanted.engine == "vllm":  # ranks only hold the policy for export and scores; the servers have their own GPUs
+            tp, pp, dp = 1, 1, 1
+        else:
+            tp = wanted.tensor_model_parallel_size or training.tensor_model_parallel_size
+            pp = 1 if folded else training.pipeline_model_parallel_size
+            dp = max(1, training.world_size // (tp * (wanted.pipeline_model_parallel_size or pp)))
         return ParallelSection(
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            data_parallel_size=wanted.data_parallel_size or max(1, training.world_size // (tp * pp)),
+            tensor_model_parallel_size=wanted.tensor_model_parallel_size or tp,
+            pipeline_model_parallel_size=wanted.pipeline_model_parallel_size or pp,
+            data_parallel_size=wanted.data_parallel_size or dp,
             cpu_threads=training.cpu_threads,
         )

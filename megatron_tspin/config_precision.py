@@ -54,7 +54,8 @@ class PrecisionSection(Section):
     rescored_prompts: int = report(
         64,
         "--tspin-rescored-prompts",
-        "Prompts rescored in fp32 when an iteration starts, to measure what bf16 or FP8 does to log-probs; 0: none.",
+        "Prompts rescored in fp32 when an iteration starts, to measure what bf16 or FP8, or another engine, does to "
+        "log-probs; 0: none.",
         ge=0,
     )
     noise_warning: float = report(

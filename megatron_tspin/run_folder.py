@@ -12,6 +12,7 @@ CONFIG = "run.yaml"
 REPORT = "report.html"
 TRAIN = "train"
 HELD_OUT = "held_out"
+SERVING = "serving"
 
 
 VERIFICATION = "verification.json"
@@ -43,6 +44,11 @@ class RunFolder:
     def export(self) -> Path:
         """The final policy as an HF checkpoint."""
         return self.root / "export" / "hf"
+
+    @property
+    def serving(self) -> Path:
+        """Policies as HF checkpoints for servers that answer, while a rollout needs them."""
+        return self.root / SERVING
 
     @property
     def report(self) -> Path:
@@ -142,6 +148,11 @@ def beats_folder(log_file: Path) -> Path:
     return log_file.with_suffix(".ranks")
 
 
+def engine_log(log_file: Path) -> Path:
+    """What a server that answers said, beside the log of the stage that started it."""
+    return log_file.with_suffix(".vllm.log")
+
+
 def rank_log(folder: Path, rank: int) -> Path:
     """What a rank's libraries said on stderr, in the folder of `beats_folder`; kept if it is not empty."""
     return folder / f"rank_{rank:05d}.log"
@@ -196,6 +207,11 @@ def shard_settings(folder: Path) -> Path:
 def shard_summary(folder: Path) -> Path:
     """What the answers to all training prompts look like, there once the last shard is."""
     return folder / "summary.json"
+
+
+def serving_beside(answers: Path) -> Path:
+    """What servers are given of a policy whose answers a person names a folder for."""
+    return answers / SERVING
 
 
 def held_out_answers(evaluation: Path, decoding: str) -> Path:

@@ -21,6 +21,7 @@ LAYERS = [
     {
         "errors",
         "config",
+        "config_generation",
         "config_launch",
         "config_precision",
         "config_section",

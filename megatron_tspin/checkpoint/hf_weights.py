@@ -132,6 +132,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     complete: Callable[[Path], None] = lambda folder: None,
+    link: bool = False,
 ) -> None:
     """Writes the policy as an HF checkpoint, all ranks together.
 
@@ -147,6 +148,7 @@ def export_hf(
         dtype: Write all tensors in this dtype instead, and say so in config.json.
         shard_bytes: See above.
         complete: Called on rank 0 with the folder before it takes its name; if it raises, there is no export.
+        link: Link what is the same in `source_hf` instead of copying it.
 
     Raises:
         InputError: `source_hf` is of another architecture than the model.
@@ -172,7 +174,7 @@ def export_hf(
                     for name, row, values in _gather(entry, local, model.architecture, topology):
                         writer.add(name, values, row)
                         bar.update(values.numel() * sizes[name][1].itemsize)
-            writer.finish(source_hf, dtype)
+            writer.finish(source_hf, dtype, link)
             complete(folder)
             if target.is_dir():
                 shutil.rmtree(target)

@@ -12,6 +12,7 @@ from megatron_tspin.checkpoint.weight_files import INDEX, WEIGHTS
 from megatron_tspin.storage import read_json, write_json
 
 SHARD_BYTES = 4 * 2**30
+_CONFIG = "config.json"
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja"}  # config, tokenizer, chat template, generation settings
 
 
@@ -45,12 +46,13 @@ class HFWriter:
         if self._open[file].add(name, values, row):
             del self._open[file]
 
-    def finish(self, source: Path, dtype: torch.dtype | None) -> None:
+    def finish(self, source: Path, dtype: torch.dtype | None, link: bool = False) -> None:
         """Writes the index if there are several shards, and copies the files beside the weights of `source`.
 
         Args:
             source: An HF folder.
             dtype: Written into config.json; None leaves its bytes alone.
+            link: Link files that do not change instead, for a folder that does not outlive `source`.
         """
         assert not self._open, f"{sorted(self._open)} lack tensors that were announced"
         if len(self._shards) > 1:
@@ -58,9 +60,12 @@ class HFWriter:
             write_json(self._folder / INDEX, {"metadata": {"total_size": total}, "weight_map": self._file_of})
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, self._folder / path.name)
+                if link and (dtype is None or path.name != _CONFIG):
+                    (self._folder / path.name).symlink_to(path.resolve())
+                else:
+                    shutil.copyfile(path, self._folder / path.name)
         if dtype is not None:
-            _set_dtype(self._folder / "config.json", str(dtype).removeprefix("torch."))
+            _set_dtype(self._folder / _CONFIG, str(dtype).removeprefix("torch."))
 
 
 def _plan(sizes: Sizes, shard_bytes: int) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.generation.backends.backend import Backend
 from megatron_tspin.generation.backends.cache_size import cache_size
 from megatron_tspin.generation.backends.engine import Engine
+from megatron_tspin.generation.backends.vllm import VllmBackend, serve_policy
 from megatron_tspin.generation.sampling import Decoding
 from megatron_tspin.generation.shards import Prompt, Request, generate_shards
 from megatron_tspin.models.hf_config import read_architecture
@@ -80,8 +81,16 @@ class Player:
             )
 
 
-def load_player(config: Config, layout: ParallelSection, topology: Topology, checkpoint: Path) -> Player:
-    """Loads a checkpoint in the generation layout."""
+def load_player(config: Config, layout: ParallelSection, topology: Topology, checkpoint: Path, serving: Path) -> Player:
+    """Loads a checkpoint in the generation layout.
+
+    Args:
+        config: The run.
+        layout: Of generation.
+        topology: This rank's place in it.
+        checkpoint: The policy.
+        serving: Folder for exports of it, where servers answer.
+    """
     architecture = read_architecture(Path(config.model.hf_checkpoint))
     architecture.check_layout(layout)
     tokenizer = load_run_tokenizer(config)
@@ -96,6 +105,13 @@ def load_player(config: Config, layout: ParallelSection, topology: Topology, che
     settings = config.generation
     if settings.stop:
         facts["stop"] = settings.stop
-    size = cache_size(model, topology, settings.batch_size, settings.cache_gib)
-    engine = Engine(model, topology, stops_of_run(settings.stop, tokenizer), size)
-    return Player(config, topology, model, engine, tokenizer, template, facts)
+    stops = stops_of_run(settings.stop, tokenizer)
+    backend: Backend
+    if settings.engine == "vllm":
+        served = serve_policy(config, model, topology, facts["checkpoint_sha256"], serving)
+        backend = VllmBackend(settings, served, topology, stops, architecture.vocab_size)
+    else:
+        size = cache_size(model, topology, settings.batch_size, settings.cache_gib)
+        backend = Engine(model, topology, stops, size)
+    facts |= backend.facts
+    return Player(config, topology, model, backend, tokenizer, template, facts)

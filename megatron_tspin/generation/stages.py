@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_tspin.data.splits import splits_of
 from megatron_tspin.data.tokenizer import Tokenizer
 from megatron_tspin.data.user_examples import read_prompts
 from megatron_tspin.errors import InputError
+from megatron_tspin.generation.backends.vllm import remove_served
 from megatron_tspin.generation.evaluation import HeldOut, decides, evaluate_policy, of_run, of_split
 from megatron_tspin.generation.layout import generation_layout
 from megatron_tspin.generation.player import Player, load_player
@@ -31,6 +32,7 @@ from megatron_tspin.run_folder import (
     document_stem,
     examples_path,
     held_out_answers,
+    serving_beside,
     shard_summary,
 )
 from megatron_tspin.storage import read_json, refuse_existing, write_json, write_text
@@ -39,19 +41,19 @@ _log = get_logger(__name__)
 
 
 @contextmanager
-def _player(config: Config, load: Path | None, policy: int) -> Iterator[Player]:
-    """The policy in the generation layout, inside its process group."""
-    layout = generation_layout(config)
-    with distributed(layout, config.seed) as topology:
-        yield _load(config, layout, topology, load, policy)
+def _player(
+    config: Config, layout: ParallelSection, topology: Topology, load: Path | None, policy: int, serving: Path
+) -> Iterator[Player]:
+    """The checkpoint `load`, or the run's own of policy number `policy`, inside the process group of the layout.
 
-
-def _load(config: Config, layout: ParallelSection, topology: Topology, load: Path | None, policy: int) -> Player:
-    """The checkpoint `load`, or the run's own of policy number `policy`."""
+    What servers are given of it lies in `serving` until the block ends well: after a failure it is there to go on with.
+    """
     checkpoint = load or policy_checkpoint(RunFolder(Path(config.run_dir)), policy, topology)
-    player = load_player(config, layout, topology, checkpoint)
-    wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits no longer than a step does
-    return player
+    player = load_player(config, layout, topology, checkpoint, serving)
+    with closing(player.backend):
+        wait_for_all_ranks()  # reading takes one rank longer than another; what follows waits as long as a step does
+        yield player
+    on_first_rank(lambda: remove_served(serving), topology)
 
 
 def rollout_run(config: Config, iteration: int) -> None:
@@ -66,7 +68,11 @@ def rollout_run(config: Config, iteration: int) -> None:
     wanted = () if last else stored_roles(config.objective.method)
     if not evaluates and "synthetic" not in wanted:
         return
-    with _player(config, None, iteration) as player:
+    layout = generation_layout(config)
+    with (
+        distributed(layout, config.seed) as topology,
+        _player(config, layout, topology, None, iteration, folder.serving) as player,
+    ):
         if evaluates:
             _evaluate(config, player, iteration, of_run(folder.data), folder.evaluation(iteration), keep=True)
         if "proto" in wanted and iteration == 0:
@@ -163,8 +169,8 @@ def evaluate_file(config: Config, load: Path, iteration: int, output: Path, over
     layout = generation_layout(config)
     with distributed(layout, config.seed) as topology:
         on_first_rank(lambda: _make_way(output, overwrite), topology)
-        player = _load(config, layout, topology, load, iteration)
-        _evaluate(config, player, iteration, of_split(config, split, player), output)
+        with _player(config, layout, topology, load, iteration, serving_beside(output.with_suffix(""))) as player:
+            _evaluate(config, player, iteration, of_split(config, split, player), output)
 
 
 def _make_way(output: Path, overwrite: bool) -> None:
@@ -189,7 +195,11 @@ def generate_file(
         overwrite: Remove the shards of other answers instead of refusing to mix them.
     """
     examples = read_prompts(prompts, config.data)
-    with _player(config, load, iteration) as player:
+    layout = generation_layout(config)
+    with (
+        distributed(layout, config.seed) as topology,
+        _player(config, layout, topology, load, iteration, serving_beside(output)) as player,
+    ):
         if overwrite:
             on_first_rank(lambda: remove_shards(output), player.topology)
         ids = player.template.prompt_ids(examples)

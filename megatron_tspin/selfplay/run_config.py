@@ -36,6 +36,7 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
     _change(tree["model"], "tokenizer", absolute)
     _change(tree["data"], "annotated", absolute)
     _change(tree["data"], "held_out", absolute)
+    _change(tree["generation"], "vllm_python", absolute)
     _change(tree["evaluation"], "scorer", absolute_scorer)
     return Config.model_validate(tree)
 

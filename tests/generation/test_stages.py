@@ -83,11 +83,16 @@ def answered(topology: Any) -> Any:
     return SimpleNamespace(
         topology=topology,
         model=None,
+        backend=closing_nothing(),
         answer=answer,
         decoding=lambda greedy=False: decoding,
         facts=facts,
         tokenizer=SimpleNamespace(endings=Endings(1, frozenset([1]))),
     )
+
+
+def closing_nothing() -> Any:
+    return SimpleNamespace(close=lambda: None)
 
 
 def evaluate(config: Config, answers: Path) -> Evaluation | str:
@@ -141,7 +146,7 @@ def rollout(config: Config, policy: int, stale: list[Path]) -> tuple[list[Path],
     loaded: list[Path] = []
     begun: list[int] = []
 
-    def load(config: Config, layout: Any, topology: Any, checkpoint: Path) -> Any:
+    def load(config: Config, layout: Any, topology: Any, checkpoint: Path, serving: Path) -> Any:
         loaded.append(checkpoint)
         return answered(topology)
 

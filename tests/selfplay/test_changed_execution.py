@@ -49,6 +49,11 @@ OTHER: dict[str, Any] = {
     "generation.tensor_model_parallel_size": 1,
     "generation.pipeline_model_parallel_size": 1,
     "generation.data_parallel_size": 1,
+    "generation.server_wait_seconds": 5.0,
+    "generation.server_timeout_seconds": 5.0,
+    "generation.server_retries": 1,
+    "generation.vllm_python": "python3",
+    "generation.drift_bound": 0.2,
     "self_play.keep_policies": 1,
     "evaluation.scorer_seconds": 5.0,
     "launch.hang_seconds": 50.0,
@@ -87,7 +92,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 def test_every_setting_that_may_change_is_tried_here() -> None:
     free = {item.name for item in settings() if item.affects in ("execution", "report")}
-    assert free == {*OTHER, "run_dir", "parallel.expert_model_parallel_size"}  # the last one needs experts
+    # The last two need experts and another engine.
+    assert free == {*OTHER, "run_dir", "parallel.expert_model_parallel_size", "generation.server_urls"}
 
 
 @pytest.mark.parametrize("name", [*(name for name in OTHER if not name.startswith("launch.")), "launch"])
