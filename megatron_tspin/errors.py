@@ -13,7 +13,8 @@ EXIT_STOPPED = 75  # asked to stop, and stopped with everything saved; sysexits.
 
 EXIT_CODE_HELP = (
     f"Exit codes: {EXIT_OK} done; {EXIT_FAILED} unexpected failure; {EXIT_INPUT} bad input or configuration; "
-    f"{EXIT_STAGE} a stage failed, run the same command again to continue; {EXIT_PARITY} a parity gate refused; "
+    f"{EXIT_STAGE} a stage failed, run the same command again to continue; {EXIT_PARITY} a parity or drift gate "
+    f"refused; "
     f"{EXIT_DIVERGED} loss or gradient not finite; {EXIT_STOPPED} stopped as SIGTERM or SIGUSR1 asked, "
     "run the same command again to continue."
 )

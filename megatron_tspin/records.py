@@ -113,6 +113,8 @@ class PrecisionNoise(Record):
     """The drift's mean absolute, scaled as the margin, over the median current margin."""
     no_drift: str | None
     """Why the drift was not measured."""
+    engine_drift: Differences | None = None
+    """Of y': in fp32 minus as the engine of others did when it sampled it; None where the engine is our own."""
     seconds: float
 
 

@@ -18,6 +18,7 @@ from megatron_tspin.errors import InputError
 from megatron_tspin.yaml_source import format_yaml, parse_yaml
 
 NEEDED = {"run_dir": "run", "model.hf_checkpoint": "hf", "data.annotated": "a.jsonl"}
+VLLM = {"generation.engine": "vllm"}
 
 
 def refused(tree: Any, flags: dict[str, Any], folder: Path) -> list[str]:
@@ -125,6 +126,32 @@ def test_missing_settings_name_their_flags(tmp_path: Path) -> None:
             "optimizer: min_lr (1e-05) must not exceed the lowest peak learning rate (1e-06)",
         ),
         ({"optimizer.lr": float("nan")}, "`optimizer.lr` = nan: input should be greater than 0"),
+        (
+            {"generation.server_urls": ["http://a:1"]},
+            "generation: server_urls and vllm_arguments need engine = vllm (--tspin-generation-engine)",
+        ),
+        (
+            {**VLLM, "generation.data_parallel_size": 2},
+            "generation: data_parallel_size above 1 with engine = vllm needs server_urls (--tspin-server-url): a "
+            "server that the stage starts is spread over GPUs by vllm_arguments",
+        ),
+        (
+            {**VLLM, "generation.server_urls": ["localhost:8000"]},
+            "generation.server_urls: 'localhost:8000' is no address of a server; write it as http://host:8000",
+        ),
+        (
+            {**VLLM, "generation.server_urls": ["http://a:1/v1"]},
+            "generation.server_urls: 'http://a:1/v1': leave out /v1, which is added where vLLM has it",
+        ),
+        (
+            {**VLLM, "generation.server_urls": ["http://a:1", "http://a:1/"]},
+            "generation.server_urls: a server is named twice: http://a:1, http://a:1/",
+        ),
+        (
+            {**VLLM, "precision.rescored_prompts": 0},
+            "generation.engine = vllm needs precision.rescored_prompts of 1 or more: what another engine says of its "
+            "answers is scored again before they are trained on",
+        ),
     ],
 )
 def test_combinations(flags: dict[str, Any], expected: str) -> None:
@@ -373,6 +400,26 @@ def test_generation_takes_all_of_trainings_ranks(
     for wanted, found in ((folded, config.generation_layout()), (staged, config.generation_layout(folded=False))):
         layout = [getattr(found, names[key]) for key in ("tensor", "pipeline", "data")]
         assert layout == list(wanted) and found.context_parallel_size == 1
+
+
+def test_vllm_needs_one_rank_unless_more_are_asked_for() -> None:
+    """Whatever training has: the ranks only hold the policy, and the servers have GPUs of their own."""
+    training = {"parallel.tensor_model_parallel_size": 2, "parallel.data_parallel_size": 4}
+    assert load_config(None, {**NEEDED, **training, **VLLM}).generation_layout() == ParallelSection()
+    wanted = {"generation.server_urls": ["http://a:1"], "generation.data_parallel_size": 3}
+    wanted |= {"generation.tensor_model_parallel_size": 2}
+    found = load_config(None, {**NEEDED, **training, **VLLM, **wanted}).generation_layout()
+    assert found == ParallelSection(data_parallel_size=3, tensor_model_parallel_size=2)
+
+
+def test_what_another_engine_samples_is_rescored_in_every_format() -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "fp32": {}, "bf16": {"precision.bf16": True}, "vllm": VLLM, "sft": {**VLLM, "objective.method": "sft"},
+        "neither": {**VLLM, "objective.method": "sft", "precision.rescored_prompts": 0},
+    }  # fmt: skip
+    found = {name: load_config(None, {**NEEDED, **given}) for name, given in kinds.items()}
+    assert [name for name, config in found.items() if config.rescores] == ["bf16", "vllm"]
+    assert [name for name, config in found.items() if config.bounds_drift] == ["vllm"]
 
 
 def test_packed_batches_may_have_any_size() -> None:

@@ -15,8 +15,8 @@ _DESCRIPTION = """Train the policy on the triplets of one self-play iteration: a
 
 reads   the token documents of RUN_DIR/data and RUN_DIR/iteration_N, and the policy after N iterations (or --load)
 writes  RUN_DIR/iteration_N: metrics.jsonl (one line a step), tensorboard, checkpoint (or --save);
-        reference.jsonl for the methods with a reference policy; precision.json in bf16 or FP8: what that does to
-        log-probs (--tspin-rescored-prompts)
+        reference.jsonl for the methods with a reference policy; precision.json in bf16 or FP8, or where vLLM
+        answered: what that does to log-probs (--tspin-rescored-prompts)
 
 Continues from the last whole checkpoint it wrote, to the same bytes.
 

@@ -240,6 +240,11 @@ MEASURES: tuple[Measure, ...] = (
         "drift from generation (mean size)",
         _precision(3, lambda n: n.drift.mean_absolute if n.drift else None),
     ),
+    Measure(
+        _PRECISION,
+        "the engine's, of a token (RMS, against fp32)",
+        _precision(4, lambda n: n.engine_drift.per_token_rms if n.engine_drift else None),
+    ),
     Measure(_PRECISION, "drift / median current margin", _precision_share(lambda n: n.drift_share)),
     Measure(_COST, "steps", lambda row: str(row.steps) if row.steps else ABSENT),
     Measure(_COST, "updates skipped", _skipped),

@@ -131,7 +131,7 @@ def _train(config: Config, iteration: int) -> Stage:
         inputs += _documents(folder, "train_proto")
     if has_reference(config.objective.method):
         outputs.append(folder.reference(iteration))
-    if config.precision.rescores:
+    if config.rescores:
         outputs.append(folder.precision(iteration))
     return Stage(
         name=f"train_{iteration:03d}",
@@ -156,7 +156,7 @@ def _export(config: Config) -> Stage:
 def _report(config: Config) -> Stage:
     folder, last = _folder(config), config.self_play.iterations
     inputs = [folder.metrics(iteration) for iteration in range(last)]
-    if config.precision.rescores:
+    if config.rescores:
         inputs += [folder.precision(iteration) for iteration in range(last)]
     if config.data.has_held_out:
         inputs += [folder.evaluation(iteration) for iteration in range(last + 1)]

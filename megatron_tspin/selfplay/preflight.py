@@ -11,6 +11,7 @@ from megatron_tspin.config import CHAT_TEMPLATE, Config
 from megatron_tspin.data.splits import Split, splits_of
 from megatron_tspin.data.tokenizer_loading import largest_token_id, refuse_added_tokens, tokenizer_file
 from megatron_tspin.errors import InputError
+from megatron_tspin.generation.backends.vllm_process import python_of, version_of
 from megatron_tspin.models.architecture import Architecture
 from megatron_tspin.models.hf_config import read_architecture
 from megatron_tspin.objective.packing import row_packing
@@ -25,7 +26,7 @@ _CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def preflight(config: Config) -> None:
-    """Checks the examples, the HF checkpoint, the layouts, the tokenizer, the scorer and the disk space.
+    """Checks the examples, the HF checkpoint, the layouts, the tokenizer, the scorer, the engine and the disk space.
 
     Raises:
         InputError: All that is wrong, one line each.
@@ -38,6 +39,7 @@ def preflight(config: Config) -> None:
         _check_rows,
         _check_tokenizer,
         _check_scorer,
+        _check_engine,
         check_disk_space,
     )
     problems = [problem for check in checks for problem in _problems(check, config)]
@@ -194,6 +196,13 @@ def _check_scorer(config: Config) -> None:
     top = place.partition(".")[0]
     if not top.isidentifier() or importlib.util.find_spec(top) is None:
         raise InputError(f"evaluation.scorer = {scorer!r}: there is no module {top}; install it, or name a .py file")
+
+
+def _check_engine(config: Config) -> None:
+    """VLLM is there where the stages start a server of it on this host; named servers are waited for."""
+    generation = config.generation
+    if generation.engine == "vllm" and not generation.server_urls and config.launch.launcher == "local":
+        version_of(python_of(generation.vllm_python))
 
 
 def _check_function(path: Path, function: str) -> None:

@@ -67,5 +67,6 @@ def noise_scalars(noise: PrecisionNoise) -> dict[str, float]:
         **{f"precision/{name}_margin_noise_share": item.noise_share for name, item in margins.items() if item},
         "precision/drift": noise.drift.mean_absolute if noise.drift else None,
         "precision/drift_share": noise.drift_share,
+        "precision/engine_drift_per_token": noise.engine_drift.per_token_rms if noise.engine_drift else None,
     }
     return {name: value for name, value in values.items() if value is not None}

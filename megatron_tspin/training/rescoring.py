@@ -1,21 +1,24 @@
-"""What bf16 or FP8 does to log-probs, measured on a sample of prompts before an iteration's first step.
+"""What bf16, FP8 or an engine of others does to log-probs, measured on a sample before an iteration's first step.
 
 Each response is scored in fp32 and by the very model that is about to train, in the same rows; y' also has the
-log-probs that the generation engine stored when it sampled it.
+log-probs that the generation engine stored when it sampled it. Of an engine that is not our own they are held to a
+bound: what it says is all that is known of how it sampled.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from megatron_tspin.checkpoint.shards import bare_policies, sharded_parameters
 from megatron_tspin.config import Config
 from megatron_tspin.config_precision import PrecisionSection
-from megatron_tspin.errors import DivergenceError, InputError
+from megatron_tspin.errors import ArtifactError, DivergenceError, InputError, ParityError
 from megatron_tspin.log import get_logger
 from megatron_tspin.models.build import build_chunks, without_storage
 from megatron_tspin.models.policy import PolicyModel
@@ -69,10 +72,11 @@ def score_in_fp32(trainer: Trainer, source: TripletSource, start: Path) -> Resco
     """Draws the sample and scores it in fp32, all ranks together; None if there is nothing (left) to measure.
 
     Call it between `load_masters` and the first step: the weights of the fp32 policy are the gradient buffers, where
-    `load_masters` has read them to. So it costs no memory, and the checkpoint is not read again.
+    `load_masters` has read them to. So it costs no memory, and the checkpoint is not read again. Where training is in
+    fp32, its own model is the fp32 policy.
 
     Args:
-        trainer: With the policy that the iteration starts from, in bf16 or FP8.
+        trainer: With the policy that the iteration starts from.
         source: The triplets.
         start: The checkpoint of that policy.
 
@@ -80,12 +84,13 @@ def score_in_fp32(trainer: Trainer, source: TripletSource, start: Path) -> Resco
         DivergenceError: A log-prob is not finite even in fp32.
     """
     config, topology, iteration = trainer.config, trainer.topology, trainer.iteration
-    if not config.precision.rescores or on_first_rank(_file(config, iteration).is_file, topology):
+    if not config.rescores or on_first_rank(_file(config, iteration).is_file, topology):
         return None
     began = time.perf_counter()
     indices = source.sample(config.precision.rescored_prompts)
     triplets = [source.triplet(index) for index in indices]
-    exact = _scores(_in_fp32(trainer), topology, triplets, "log-probs in fp32")
+    model = _in_fp32(trainer) if config.precision.bf16 else bare_policies(trainer.chunks)
+    exact = _scores(model, topology, triplets, "log-probs in fp32")
     _refuse_nonfinite(exact, triplets, iteration, "in fp32", "the weights hold NaN or infinity")
     torch.cuda.empty_cache()  # what libraries allocate beside torch finds the room too
     return Rescoring(config, iteration, topology, start, indices, triplets, exact, time.perf_counter() - began)
@@ -118,17 +123,56 @@ def measure_noise(rescoring: Rescoring, model: Sequence[PolicyModel]) -> Precisi
         DivergenceError: A log-prob is not finite.
     """
     began = time.perf_counter()
-    formats = describe(rescoring.config.precision)
-    trained = _scores(model, rescoring.topology, rescoring.triplets, "log-probs as trained")
+    config = rescoring.config
+    formats = describe(config.precision)
+    trained = rescoring.exact  # where training is in fp32
+    if config.precision.bf16:
+        trained = _scores(model, rescoring.topology, rescoring.triplets, "log-probs as trained")
     remedy = "keep more layers out of FP8, take another --fp8-recipe, or leave --fp8-format and then --bf16 out"
     _refuse_nonfinite(trained, rescoring.triplets, rescoring.iteration, f"in {formats}, but are in fp32", remedy)
     noise = _noise(rescoring, trained, formats)
     if rescoring.topology.speaks:
         noise = _with_drift(noise, rescoring, trained)
         noise = noise.model_copy(update={"seconds": rescoring.seconds + time.perf_counter() - began})
-        write_json(_file(rescoring.config, rescoring.iteration), noise.model_dump())
+        write_json(_file(config, rescoring.iteration), noise.model_dump())
         _log_noise(noise)
     return noise
+
+
+def refuse_drift(config: Config, iteration: int, topology: Topology) -> None:
+    """Demands of an engine of others that training finds the log-probs that it gave. All ranks call it.
+
+    It goes by the iteration's `precision.json`, so that an iteration that was refused stays so when it is begun again.
+
+    Raises:
+        ParityError: It does not, or that could not be told.
+    """
+    if config.bounds_drift:
+        on_first_rank(
+            lambda: _refuse_drift(_file(config, iteration), iteration, config.generation.drift_bound), topology
+        )
+
+
+def _refuse_drift(path: Path, iteration: int, bound: float) -> None:
+    try:
+        noise = PrecisionNoise.model_validate(read_json(path))
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: not what iterations write there; remove it to measure again") from error
+    drift = noise.engine_drift
+    beginning = f"iteration {iteration}, before the first step:"
+    if drift is None:
+        reason = noise.no_drift or "it was measured while another engine answered"
+        raise ParityError(
+            f"{beginning} log-probs of the sampled answers could not be compared with what the engine that sampled "
+            f"them said: {reason}; remove {path} and the iteration's answers, then both are made again"
+        )
+    if not drift.per_token_rms <= bound:
+        raise ParityError(
+            f"{beginning} the engine that sampled y' gave log-probs that are off by {drift.per_token_rms:.3g} nats a "
+            f"token (bound {bound:g}; bias {drift.mean:.3g} nats an answer, largest {drift.largest_absolute:.3g}, of "
+            f"prompt {drift.largest_id}): it served other weights, changed its log-probs by temperature or truncation, "
+            f"or computes in another way; see docs/vllm.md. {path} has the figures; --tspin-drift-bound is the bound"
+        )
 
 
 def _file(config: Config, iteration: int) -> Path:
@@ -197,16 +241,19 @@ def _margin(rescoring: Rescoring, trained: ByRole, first: str, second: str) -> M
 
 def _with_drift(noise: PrecisionNoise, rescoring: Rescoring, trained: ByRole) -> PrecisionNoise:
     try:
-        drift = _drift(rescoring, trained)
+        drift, of_engine = _drift(rescoring, trained)
     except (_NotComparable, InputError) as error:
         return noise.model_copy(update={"no_drift": str(error)})
     scaled = rescoring.config.objective.margin_scale * drift.mean_absolute
     median = noise.current_margin.median_absolute if noise.current_margin else 0.0
-    return noise.model_copy(update={"drift": drift, "drift_share": share(scaled, median)})
+    found: dict[str, Any] = {"drift": drift, "drift_share": share(scaled, median)}
+    if rescoring.config.bounds_drift:
+        found["engine_drift"] = of_engine
+    return noise.model_copy(update=found)
 
 
-def _drift(rescoring: Rescoring, trained: ByRole) -> Differences:
-    """Compares log pi(y') as trained with that as sampled.
+def _drift(rescoring: Rescoring, trained: ByRole) -> tuple[Differences, Differences]:
+    """Compares log pi(y') as trained, and in fp32, with that as sampled.
 
     The engine stores log-probs at temperature 1 over the whole vocabulary, whatever temperature, top-p and top-k it
     samples with (`records.Response.token_log_probs`), which is what training scores: they compare under any decoding.
@@ -232,7 +279,10 @@ def _drift(rescoring: Rescoring, trained: ByRole) -> Differences:
         raise _NotComparable(f"{folder} does not hold the answers of all sampled prompts")
     tokens = np.array([float(len(response)) for response in wanted.values()])
     expected = np.array([sampled[identifier] for identifier in wanted])
-    return differences(trained["synthetic"], expected, tokens, list(wanted))
+    return (
+        differences(trained["synthetic"], expected, tokens, list(wanted)),
+        differences(rescoring.exact["synthetic"], expected, tokens, list(wanted)),
+    )
 
 
 def _log_prob(answer: Response, trained_on: Sequence[int]) -> float:
@@ -249,4 +299,6 @@ def _log_noise(noise: PrecisionNoise) -> None:
         parts.append(f"margins by {100 * margin.noise_share:.2g} % of the median margin")
     if noise.drift is not None:
         parts.append(f"y' by {noise.drift.mean_absolute:.3g} nats from what generation computed")
+    if noise.engine_drift is not None:
+        parts.append(f"which is {noise.engine_drift.per_token_rms:.3g} nats a token from fp32")
     _log.info("precision: %s", ", ".join(parts))

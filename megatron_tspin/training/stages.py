@@ -30,7 +30,7 @@ from megatron_tspin.training.loop import Trainer, build_trainer, iteration_beta
 from megatron_tspin.training.metrics import MetricsWriter
 from megatron_tspin.training.precision_noise import noise_scalars
 from megatron_tspin.training.reference import reference_log_probs
-from megatron_tspin.training.rescoring import measure_noise, score_in_fp32
+from megatron_tspin.training.rescoring import measure_noise, refuse_drift, score_in_fp32
 from megatron_tspin.training.scoring_input import read_scoring_input
 from megatron_tspin.training.triplet_source import TripletSource
 
@@ -68,6 +68,7 @@ def train_run(config: Config, iteration: int, load: Path | None, save: Path | No
         _log_rows(config)
         rescoring = score_in_fp32(trainer, source, start)
         noise = measure_noise(rescoring, model) if rescoring is not None else None
+        refuse_drift(config, iteration, topology)
         if has_reference(config.objective.method):
             source.reference = reference_log_probs(folder.reference(iteration), facts, model, topology, source)
         if resumed is not None:

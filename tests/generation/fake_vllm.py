@@ -39,8 +39,8 @@ class FakeVllm(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256  # more clients than that at once lose time by trying again
 
-    def __init__(self, model: str = MODEL, processed: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, model: str = MODEL, processed: bool = False, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.processed, self.version = model, processed, VERSION
         self.faults: deque[str | None] = deque()
         self.change: Callable[[dict[str, Any], Mapping[str, Any]], None] = lambda choice, request: None

@@ -199,6 +199,7 @@ class RunBuilder:
             drift=errors(2.0 * recipe.drift_share / alpha) if recipe.method != "sft" else None,
             drift_share=recipe.drift_share if recipe.method != "sft" else None,
             no_drift=None if recipe.method != "sft" else "the method has no sampled answers",
+            engine_drift=errors(0.1) if recipe.config.get("generation.engine") == "vllm" else None,
             seconds=3.5,
         )
         self._write(f"iteration_{number:03d}/precision.json", record.model_dump_json())

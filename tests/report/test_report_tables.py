@@ -62,6 +62,12 @@ def test_precision_has_a_figure_an_iteration(build_run: BuildRun) -> None:
     }
 
 
+def test_another_engines_log_probs_have_a_figure(build_run: BuildRun) -> None:
+    folder = build_run(iterations=2, noise_share=0.0, config={"generation.engine": "vllm"})
+    lines = precision_lines(folder)
+    assert lines["the engine's, of a token (RMS, against fp32)"] == [ABSENT, "0.0200", "0.0200"]
+
+
 def test_precision_of_sft_has_no_margins_and_that_of_fp32_nothing(build_run: BuildRun) -> None:
     sft = build_run("sft", method="sft", noise_share=0.03, config={"precision.bf16": True})
     assert len(precision_lines(sft)) == 4

@@ -13,6 +13,7 @@ from megatron_tspin.selfplay import disk_space
 from megatron_tspin.selfplay.preflight import preflight
 from megatron_tspin.selfplay.weights import count_parameters
 from tests.data.tokenizer_kinds import sentencepiece_model
+from tests.generation.fake_vllm_python import write_python
 from tests.selfplay.fake_world import PARAMETERS, shapes_of, write_safetensors
 
 ConfigOf = Callable[..., Config]
@@ -102,6 +103,16 @@ def test_a_scorer_may_be_imported_or_assigned(world: Path, config_of: ConfigOf) 
 def test_a_scorer_is_not_run(world: Path, config_of: ConfigOf) -> None:
     (world / "scorer.py").write_text("raise SystemExit(9)\ndef score(record, response):\n    return 1.0\n")
     preflight(config_of())
+
+
+@pytest.mark.processes
+def test_vllm_is_looked_for_where_it_will_be_started(world: Path, config_of: ConfigOf) -> None:
+    absent = config_of(generation__engine="vllm", generation__vllm_python=str(world / "python"))
+    assert any("cannot be asked for its vLLM" in line for line in refused(absent))
+    write_python(world)
+    preflight(absent)
+    urls = ["http://127.0.0.1:9"]
+    preflight(config_of(generation__engine="vllm", generation__server_urls=urls))
 
 
 def test_unsupported_family(world: Path, config_of: ConfigOf) -> None:

@@ -89,6 +89,11 @@ class VllmBackend:
         self._process: VllmProcess | None = None
         self._seeds = settings.request_seeds and (bool(settings.server_urls) or has_cuda())
         version = on_first_rank(self._find_version, topology)
+        if topology.speaks:
+            _log.info(
+                "vLLM %s answers: what it samples depends on the machine, and on what else it answers at the time; an "
+                "answer that is made again is another one (docs/vllm.md)", version,
+            )  # fmt: skip
         self.facts: dict[str, Any] = {
             "engine": "vllm",
             "engine_version": version,

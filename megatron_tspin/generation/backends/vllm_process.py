@@ -109,12 +109,20 @@ class VllmProcess:
         slots: Answers at once.
         arguments: More options.
         log: Gets what it says.
+        port: Where it listens on this host. Default: one that is free.
     """
 
     def __init__(
-        self, python: str, serving: Serving, seed: int, slots: int, arguments: Sequence[str], log: Path
+        self,
+        python: str,
+        serving: Serving,
+        seed: int,
+        slots: int,
+        arguments: Sequence[str],
+        log: Path,
+        port: int | None = None,
     ) -> None:
-        port = _free_port()
+        port = port or free_port()
         self.url = f"http://{_HOST}:{port}"
         self._log = log
         options = [*serving.options()[1:], "--host", _HOST, "--port", str(port), "--seed", str(seed)]
@@ -157,7 +165,8 @@ class VllmProcess:
                 self._child.wait(_STOP_SECONDS)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         port: int = probe.getsockname()[1]
