@@ -155,9 +155,9 @@ def test_a_log_prob_that_is_not_finite_is_no_bad_input(value: float, start: Star
 def test_log_probs_after_temperature_and_truncation_are_refused(start: Start) -> None:
     """As at a server started with --logprobs-mode processed_logprobs."""
     raw, processed = start(), start(processed=True)
-    assert refuse_processed(server_of(raw), PROMPTS[:2], VOCABULARY)
+    assert refuse_processed(server_of(raw), PROMPTS[:2], 6, VOCABULARY)
     with pytest.raises(InputError, match="depend on temperature, top-p or top-k .* --logprobs-mode raw_logprobs"):
-        refuse_processed(server_of(processed), PROMPTS[:2], VOCABULARY)
+        refuse_processed(server_of(processed), PROMPTS[:2], 6, VOCABULARY)
 
 
 def test_log_probs_that_temperature_scales_are_refused(start: Start) -> None:
@@ -169,13 +169,13 @@ def test_log_probs_that_temperature_scales_are_refused(start: Start) -> None:
 
     fake.change = scaled
     with pytest.raises(InputError, match="depend on temperature"):
-        refuse_processed(server_of(fake), PROMPTS[:1], VOCABULARY)
+        refuse_processed(server_of(fake), PROMPTS[:1], 6, VOCABULARY)
 
 
 def test_a_policy_that_is_sure_of_everything_does_not_tell(start: Start) -> None:
     fake = start(processed=True)
     fake.change = of_log_probs(lambda values: [0.0] * len(values))
-    assert not refuse_processed(server_of(fake), PROMPTS[:2], VOCABULARY)
+    assert not refuse_processed(server_of(fake), PROMPTS[:2], 6, VOCABULARY)
 
 
 def test_weights_of_the_previous_iteration_are_not_asked(start: Start) -> None:

@@ -6,7 +6,7 @@ on what else is answered at the time. Training scores a sample of it again (`tra
 
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from megatron_tspin.checkpoint.hf_weights import export_hf
 from megatron_tspin.config import Config
 from megatron_tspin.config_generation import GenerationSection
 from megatron_tspin.data.stops import Stops
-from megatron_tspin.errors import InputError, TspinError
+from megatron_tspin.errors import InputError, StageError, TspinError
 from megatron_tspin.generation.backends.backend import Answer, PromptRequest
-from megatron_tspin.generation.backends.vllm_client import Completion, Server, Wanted, refuse_processed
+from megatron_tspin.generation.backends.vllm_client import Completion, Server, ServerFault, Wanted, refuse_processed
 from megatron_tspin.generation.backends.vllm_process import Serving, VllmProcess, python_of, version_of
-from megatron_tspin.generation.backends.vllm_servers import ServerPool, wait_for_servers
+from megatron_tspin.generation.backends.vllm_servers import GRACE_SECONDS, ServerPool, wait_for_servers
 from megatron_tspin.generation.sampling import Decoding
 from megatron_tspin.heartbeat import beat
 from megatron_tspin.log import LOG_FILE_VARIABLE, get_logger
@@ -115,10 +115,11 @@ class VllmBackend:
         """
         if not requests:
             return
-        for found in self._told(requests, decoding):
-            beat()
-            if found is not None:
-                yield found
+        with closing(self._told(requests, decoding)) as told:
+            for found in told:
+                beat()
+                if found is not None:
+                    yield found
 
     def close(self) -> None:
         """Ends a server that the stage started."""
@@ -126,7 +127,7 @@ class VllmBackend:
             self._process.close()
             self._process = None
 
-    def _told(self, requests: Sequence[PromptRequest], decoding: Decoding) -> Iterator[tuple[int, Answer] | None]:
+    def _told(self, requests: Sequence[PromptRequest], decoding: Decoding) -> Generator[tuple[int, Answer] | None]:
         """What the talking rank hears, on every rank of the replica."""
         group = self._topology.model_parallel_group
         if group.size() == 1:
@@ -157,7 +158,7 @@ class VllmBackend:
     def _heard(self, requests: Sequence[PromptRequest], decoding: Decoding) -> Generator[tuple[int, Answer] | None]:
         """Answers as servers give them; None about once a second while there is none."""
         if self._pool is None:
-            self._pool = yield from self._make_pool(requests)
+            self._pool = yield from self._make_pool(requests, decoding)
         wanted = [(request.index, self._wanted(request, decoding)) for request in requests]
         with closing(self._pool.answers(wanted)) as answers:
             for found in answers:
@@ -169,22 +170,41 @@ class VllmBackend:
                     index, completion = found
                     yield index, self._answer(completion)
 
-    def _make_pool(self, requests: Sequence[PromptRequest]) -> Generator[None, None, ServerPool]:
+    def _make_pool(self, requests: Sequence[PromptRequest], decoding: Decoding) -> Generator[None, None, ServerPool]:
         settings = self._settings
         if not settings.server_urls:
             self._process = self._start(requests[0])
         ready = yield from self._ready()
-        for server in ready:
+        prompts = [request.ids for request in requests[:_PROBES]]
+        faults = {server.url: self._fault_of(server, prompts, decoding.max_new_tokens) for server in ready}
+        usable = [server for server in ready if faults[server.url] is None]
+        lines = "\n".join(f"  {url}: {fault}" for url, fault in faults.items() if fault is not None)
+        if not usable:
+            raise StageError(f"no vLLM server answers:\n{lines}")
+        if lines:
+            _log.warning("answers come without servers that fail:\n%s", lines)
+        return ServerPool(usable, settings.batch_size, settings.server_retries)
+
+    def _fault_of(self, server: Server, prompts: Sequence[Sequence[int]], most: int) -> str | None:
+        """What is wrong with a server that may pass; None if it answers as it has to.
+
+        Raises:
+            InputError: It never will.
+        """
+        try:
             if (version := server.version()) != self.facts["engine_version"]:
                 raise InputError(
                     f"{server.url}: has vLLM {version}, and these answers are begun with {self.facts['engine_version']}"
                 )
-            if not refuse_processed(server, [request.ids for request in requests[:_PROBES]], self._vocab_size):
-                _log.warning(
-                    "%s: the policy is too sure of its answers to tell whether log-probs are its own or those after "
-                    "temperature and truncation; only rescoring will", server.url,
-                )  # fmt: skip
-        return ServerPool(ready, settings.batch_size, settings.server_retries)
+            told = refuse_processed(server, prompts, most, self._vocab_size)
+        except ServerFault as fault:
+            return str(fault)
+        if not told:
+            _log.warning(
+                "%s: the policy is too sure of its answers to tell whether log-probs are its own or those after "
+                "temperature and truncation; only rescoring will", server.url,
+            )  # fmt: skip
+        return None
 
     def _start(self, first: PromptRequest) -> VllmProcess:
         """A server of the stage's own.
@@ -201,7 +221,7 @@ class VllmBackend:
         python = python_of(settings.vllm_python)
         return VllmProcess(python, self._serving, first.seed % _SEEDS, settings.batch_size, arguments, log)
 
-    def _ready(self) -> Generator[None, None, list[Server]]:
+    def _ready(self, grace: float = 0.0) -> Generator[None, None, list[Server]]:
         """The servers that serve the policy; waits for them."""
         settings, process = self._settings, self._process
         urls = [process.url] if process is not None else settings.server_urls
@@ -209,7 +229,7 @@ class VllmBackend:
         servers = [Server(url, self._serving.name, settings.server_timeout_seconds, key) for url in urls]
         remedy = f"serve it there (docs/vllm.md): {self._serving.shown()}"
         check = None if process is None else process.check
-        ready = yield from wait_for_servers(servers, settings.server_wait_seconds, check, remedy)
+        ready = yield from wait_for_servers(servers, settings.server_wait_seconds, check, remedy, grace)
         return ready
 
     def _find_version(self) -> str:
@@ -217,14 +237,18 @@ class VllmBackend:
         if not self._settings.server_urls:
             return version_of(python_of(self._settings.vllm_python))
         _log.info("servers have to serve the policy now: %s", self._serving.shown())
-        waiting = self._ready()
+        waiting = self._ready(GRACE_SECONDS)
         while True:
             try:
                 next(waiting)
+                beat("waiting for vLLM servers")
             except StopIteration as done:
                 ready: list[Server] = done.value
                 break
-        versions = {server.url: server.version() for server in ready}
+        try:
+            versions = {server.url: server.version() for server in ready}
+        except ServerFault as fault:
+            raise StageError(f"a vLLM server that was well does not say its version: {fault}") from fault
         if len(set(versions.values())) > 1:
             found = ", ".join(f"{url}: {version}" for url, version in versions.items())
             raise InputError(f"the servers have different versions of vLLM, which answer differently: {found}")

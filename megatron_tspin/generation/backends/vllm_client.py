@@ -273,7 +273,7 @@ class Server:
                 self._open.discard(open_socket)
 
 
-def refuse_processed(server: Server, prompts: Sequence[Sequence[int]], vocab_size: int) -> bool:
+def refuse_processed(server: Server, prompts: Sequence[Sequence[int]], most: int, vocab_size: int) -> bool:
     """Demands that a server gives log-probs of the policy itself, before temperature and truncation.
 
     The same most probable tokens are asked for twice: greedily, where no server changes anything, and as the only ones
@@ -282,6 +282,7 @@ def refuse_processed(server: Server, prompts: Sequence[Sequence[int]], vocab_siz
     Args:
         server: It.
         prompts: To ask with, until one tells.
+        most: New tokens that they have room for.
         vocab_size: The policy's.
 
     Returns:
@@ -291,8 +292,9 @@ def refuse_processed(server: Server, prompts: Sequence[Sequence[int]], vocab_siz
         InputError: It gives others.
         ServerFault: It does not answer.
     """
-    greedy = Decoding(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=_PROBE_TOKENS)
-    narrow = Decoding(temperature=0.5, top_p=0.5, top_k=1, max_new_tokens=_PROBE_TOKENS)
+    count = min(most, _PROBE_TOKENS)
+    greedy = Decoding(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=count)
+    narrow = Decoding(temperature=0.5, top_p=0.5, top_k=1, max_new_tokens=count)
     for prompt in prompts:
         plain, changed = (
             server.complete(Wanted(prompt, each, frozenset(), None, vocab_size)) for each in (greedy, narrow)

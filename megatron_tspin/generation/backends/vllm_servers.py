@@ -17,7 +17,7 @@ from megatron_tspin.generation.backends.vllm_client import Completion, Server, S
 from megatron_tspin.log import get_logger
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-_GRACE_SECONDS = 30.0
+GRACE_SECONDS = 30.0
 """For further servers, once one is ready."""
 _LOOK_SECONDS = 1.0
 _LEAVE_SECONDS = 5.0
@@ -31,15 +31,16 @@ def pause(attempt: int) -> float:
 
 
 def wait_for_servers(
-    servers: Sequence[Server], seconds: float, check: Callable[[], None] | None, remedy: str
+    servers: Sequence[Server], seconds: float, check: Callable[[], None] | None, remedy: str, grace: float = 0.0
 ) -> Generator[None, None, list[Server]]:
-    """The servers that serve the policy, as soon as all do, or some time after the first does; yields while it waits.
+    """The servers that serve the policy, as soon as all do or no more are waited for; yields while it waits.
 
     Args:
         servers: All of them.
         seconds: How long to wait for the first.
         check: Called all the time; may raise.
         remedy: What a person can do if none does.
+        grace: Seconds for the others, once one is ready.
 
     Raises:
         InputError: None serves it; names what each said.
@@ -51,7 +52,7 @@ def wait_for_servers(
         for server in servers:
             if server not in ready and _serves(server, said):
                 ready.append(server)
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace)
         if len(ready) == len(servers):
             return ready
         if time.monotonic() > deadline:
@@ -103,7 +104,7 @@ class _Member:
 
 
 class ServerPool:
-    """Servers that share the requests of one call of `answers`.
+    """Servers that share requests; one that is gone stays left out.
 
     Args:
         servers: Ready ones.
@@ -114,11 +115,6 @@ class ServerPool:
     def __init__(self, servers: Sequence[Server], slots: int, retries: int) -> None:
         self._members = [_Member(server) for server in servers]
         self._slots, self._retries = slots, retries
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._outstanding = 0
-        self._stopped = True
-        self._results: queue.SimpleQueue[tuple[int, Completion] | TspinError] = queue.SimpleQueue()
 
     def answers(self, wanted: Sequence[tuple[int, Wanted]]) -> Generator[tuple[int, Completion] | None]:
         """Each index with its answer as soon as that is there, in any order; None about once a second besides.
@@ -128,20 +124,41 @@ class ServerPool:
             InputError: A server refuses a request, or answers something else than was asked for.
             DivergenceError: A log-prob is not finite.
         """
+        if wanted:
+            yield from _Round(self._members, wanted, self._retries).answers(min(self._slots, len(wanted)))
+
+
+class _Round:
+    """The requests of one call, of which a thread that is late leaves nothing to the next one.
+
+    Args:
+        members: The servers.
+        wanted: Requests by index.
+        retries: See `ServerPool`.
+    """
+
+    def __init__(self, members: Sequence[_Member], wanted: Sequence[tuple[int, Wanted]], retries: int) -> None:
+        self._members, self._retries = members, retries
+        self._changed = threading.Condition()
         self._waiting = deque(_Job(index, each) for index, each in wanted)
-        self._outstanding, self._stopped, self._results = len(wanted), False, queue.SimpleQueue()
+        self._outstanding = len(wanted)
+        self._stopped = False
+        self._results: queue.SimpleQueue[tuple[int, Completion] | TspinError] = queue.SimpleQueue()
+
+    def answers(self, slots: int) -> Generator[tuple[int, Completion] | None]:
+        """See `ServerPool.answers`."""
         threads = [
             threading.Thread(target=self._work, args=(member,), name=member.server.url, daemon=True)
             for member in self._members
-            for _ in range(min(self._slots, len(wanted)))
+            for _ in range(slots)
             if not member.dead
         ]
+        if not threads:
+            raise self._all_gone()
         try:
-            if wanted and not threads:
-                raise self._all_gone()
             for thread in threads:
                 thread.start()
-            left = len(wanted)
+            left = self._outstanding
             while left:
                 try:
                     found = self._results.get(timeout=_LOOK_SECONDS)
