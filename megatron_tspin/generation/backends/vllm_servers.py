@@ -20,7 +20,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 GRACE_SECONDS = 30.0
 """For further servers, once one is ready."""
 _LOOK_SECONDS = 1.0
-_LEAVE_SECONDS = 5.0
+_LEAVE_SECONDS, _HANG_UP_SECONDS = 5.0, 0.05
 
 _log = get_logger(__name__)
 
@@ -177,12 +177,13 @@ class _Round:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        for member in self._members:
-            member.server.hang_up()
+        left = [thread for thread in threads if thread.is_alive()]
         deadline = time.monotonic() + _LEAVE_SECONDS
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
+        while left and time.monotonic() < deadline:
+            for member in self._members:  # again and again: a thread may have been about to send its request
+                member.server.hang_up()
+            left[0].join(_HANG_UP_SECONDS)
+            left = [thread for thread in left if thread.is_alive()]
 
     def _work(self, member: _Member) -> None:
         """What a thread does: one request after the other, while its server lives."""
