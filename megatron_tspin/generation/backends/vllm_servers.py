@@ -155,10 +155,10 @@ class _Round:
         ]
         if not threads:
             raise self._all_gone()
+        left = self._outstanding  # before a thread can answer the first one
         try:
             for thread in threads:
                 thread.start()
-            left = self._outstanding
             while left:
                 try:
                     found = self._results.get(timeout=_LOOK_SECONDS)
