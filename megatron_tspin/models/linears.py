@@ -1,7 +1,7 @@
 """megatron-core's linears and the head, with weights that a CPU multiplies with faster while nothing is trained.
 
 oneDNN reads a weight fastest that it has laid out itself. Beside MKL's product, which torch calls for `x @ weight.T`,
-that took 0.9 times as long with 2048 tokens, 0.6 with 64 and half with one to eight (torch 2.13, fp32, two cores of an
+that took 0.9 times as long with 2048 tokens, 0.7 with 64 and half with one (torch 2.13, fp32, two cores of an
 AMD EPYC with AVX-512, layers of SmolLM2-135M). torch's compiler freezes weights into the same kernels
 (`torch/_inductor/mkldnn_lowerings.py`).
 """
