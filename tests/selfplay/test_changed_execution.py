@@ -52,7 +52,7 @@ OTHER: dict[str, Any] = {
     "generation.server_wait_seconds": 5.0,
     "generation.server_timeout_seconds": 5.0,
     "generation.server_retries": 1,
-    "generation.vllm_python": "python3",
+    "generation.vllm_python": "/usr/bin/python3",
     "generation.drift_bound": 0.2,
     "self_play.keep_policies": 1,
     "evaluation.scorer_seconds": 5.0,
