@@ -126,31 +126,31 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"error": {"message": "no such path"}})
 
     def do_POST(self) -> None:
-        with self.server.at_work():
+        with self.server.at_work():  # until the answer is sent: its client may ask again at once
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with self.server._guard:
                 self.server.asked.append(request)
                 self.server.headers.append(dict(self.headers))
                 fault = self.server.faults.popleft() if self.server.faults else None
             time.sleep(self.server.seconds)
-            if request["model"] != self.server.model:
-                self._json(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
-            elif fault == "500":
-                self._json(500, {"error": {"message": "EngineCore encountered an issue."}})
-            elif fault == "400":
-                self._json(400, {"error": {"message": "max_tokens cannot be greater than max_model_len"}})
-            elif fault == "garbage":
-                self._send(200, b"<html>a proxy</html>")
-            else:
-                self._answer(request, fault)
+            if fault == "slow":
+                self.server.release.wait(10)
+        if request["model"] != self.server.model:
+            self._json(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
+        elif fault == "500":
+            self._json(500, {"error": {"message": "EngineCore encountered an issue."}})
+        elif fault == "400":
+            self._json(400, {"error": {"message": "max_tokens cannot be greater than max_model_len"}})
+        elif fault == "garbage":
+            self._send(200, b"<html>a proxy</html>")
+        else:
+            self._answer(request, fault)
 
     def _answer(self, request: dict[str, Any], fault: str | None) -> None:
         found = self.server.completion(request)
         if fault == "aborted":
             found["choices"][0]["finish_reason"] = "abort"
         content = json.dumps(found).encode()
-        if fault == "slow":
-            self.server.release.wait(10)
         if fault == "drop":
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -160,10 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(2)
             self.close_connection = True
             return
-        self._send(200, content)
         if fault is None:
             with self.server._guard:
                 self.server.answered[tuple(request["prompt"])] += 1
+        self._send(200, content)
 
     def _json(self, status: int, value: Any) -> None:
         self._send(status, json.dumps(value).encode())
