@@ -53,8 +53,8 @@ class GenerationSection(Section):
     server_urls: list[str] = execution(
         [],
         "--tspin-server-url",
-        "vLLM servers that answer, as http://host:8000, each with the policy that the stage exports. Default: the "
-        "stage starts one of its own.",
+        "Addresses (scheme, host, port) of vLLM servers that answer, each with the policy that the stage exports. "
+        "Default: the stage starts one of its own.",
     )
     server_wait_seconds: float = execution(
         600.0, "--tspin-server-wait-seconds", "How long a rollout waits for a server to serve its policy.", gt=0
