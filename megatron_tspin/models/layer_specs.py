@@ -1,7 +1,6 @@
 """What a decoder layer is built of: torch's linears, our FP8 ones, or Transformer Engine's. Attention is ours."""
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron_tspin.models.architecture import Architecture, Experts, LayerFacts
 from megatron_tspin.models.attention import CausalAttention
 from megatron_tspin.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_tspin.models.linears import ColumnLinear, RowLinear
-from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm, ScaledColumns
+from megatron_tspin.models.norms import AllHeadsRMSNorm, LayerNorm, RMSNorm
 from megatron_tspin.models.policy_layer import LayerPlan, PolicyLayer
 from megatron_tspin.models.scores import Scores
 from megatron_tspin.precision import in_fp8, uses_transformer_engine
@@ -29,7 +28,6 @@ from megatron_tspin.precision import in_fp8, uses_transformer_engine
 def block_spec(
     architecture: Architecture,
     precision: PrecisionSection,
-    attention_factors: Sequence[float],
     first_layer: int,
     count: int,
 ) -> TransformerBlockSubmodules:
@@ -38,7 +36,6 @@ def block_spec(
     Args:
         architecture: Of the whole network.
         precision: Number formats.
-        attention_factors: Of each of the architecture's ropes.
         first_layer: The stage's first layer, from 0, through the whole network.
         count: Its layers.
     """
@@ -48,16 +45,13 @@ def block_spec(
         facts, fp8 = architecture.layers[layer], in_fp8(precision, layer, architecture.num_layers)
         key = (facts, fp8)
         if key not in made:
-            factor = 1.0 if facts.rope is None else attention_factors[facts.rope]
-            made[key] = _layer(architecture, facts, factor, precision, fp8)
+            made[key] = _layer(architecture, facts, precision, fp8)
         specs.append(made[key])
     norm = _te_norm() if uses_transformer_engine(precision) else norm_class(architecture)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def _layer(
-    architecture: Architecture, facts: LayerFacts, factor: float, precision: PrecisionSection, fp8: bool
-) -> ModuleSpec:
+def _layer(architecture: Architecture, facts: LayerFacts, precision: PrecisionSection, fp8: bool) -> ModuleSpec:
     """One layer. Which of Transformer Engine's parts compute in FP8 megatron-core decides, layer by layer."""
     engine = uses_transformer_engine(precision)
     layer, parts, mlp = _megatron_layer(engine, architecture.experts if facts.sparse else None)
@@ -76,23 +70,17 @@ def _layer(
     mlp.linear_fc1 = configured(mlp.linear_fc1, bias=bias)
     mlp.linear_fc2 = configured(mlp.linear_fc2, bias=bias)
     mlp.activation_func = activation_class(architecture.activation, architecture.gated)
-    whole = facts.rope is None or architecture.ropes[facts.rope].columns == architecture.head_dim
-    scale = architecture.softmax_scale * (factor**2 if whole else 1.0)
-    attention.core_attention = configured(
-        CausalAttention, scores=Scores(scale, facts.window, architecture.attention_cap)
-    )
-    attention.q_layernorm, attention.k_layernorm = _query_key_norms(architecture, facts, 1.0 if whole else factor)
+    scores = Scores(architecture.softmax_scale, facts.window, architecture.attention_cap)
+    attention.core_attention = configured(CausalAttention, scores=scores)
+    attention.q_layernorm, attention.k_layernorm = _query_key_norms(architecture)
     after = norm_class(architecture) if architecture.norm_after else None
     plan = LayerPlan(facts.rope, after, architecture.residual_scale, architecture.parallel_residual)
     layer.module = configured(PolicyLayer, plan=plan)
     return layer
 
 
-def _query_key_norms(architecture: Architecture, facts: LayerFacts, factor: float) -> tuple[type, type]:
+def _query_key_norms(architecture: Architecture) -> tuple[type, type]:
     """What queries and keys go through before they are rotated."""
-    if factor != 1.0 and facts.rope is not None:
-        scaled = configured(ScaledColumns, factor=factor, columns=architecture.ropes[facts.rope].columns)
-        return scaled, scaled
     if architecture.query_key_norm == "all":
         heads = (architecture.num_heads, architecture.num_kv_heads)
         queries, keys = (configured(AllHeadsRMSNorm, heads=count) for count in heads)

@@ -93,26 +93,6 @@ class AllHeadsRMSNorm(torch.nn.Module):
         return state
 
 
-class ScaledColumns(torch.nn.Module):
-    """Multiplies the first columns of each head: what a rope's attention factor does to those that it rotates.
-
-    Where a rope rotates whole heads the softmax scale carries the factor instead.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, *, factor: float, columns: int, **_: Any) -> None:
-        super().__init__()
-        self._factor, self._columns = factor, columns
-
-    def forward(self, heads: Tensor) -> Tensor:
-        """Scales [..., columns of a head]."""
-        rotated, rest = heads[..., : self._columns], heads[..., self._columns :]
-        return torch.cat((rotated * self._factor, rest), dim=-1)
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """No weights."""
-        return {}
-
-
 class _SumOverShards(torch.autograd.Function):
     """Sum over TP in both directions: every rank's output depends on every rank's input."""
 

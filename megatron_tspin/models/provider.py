@@ -120,7 +120,7 @@ def make_model_provider(
             architecture,
             rotary,
             config=config,
-            transformer_layer_spec=block_spec(architecture, precision, rotary.attention_factors, first, layers),
+            transformer_layer_spec=block_spec(architecture, precision, first, layers),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -16,20 +16,20 @@ class RotaryFrequencies:
     """Angles of a network's ropes.
 
     Attributes:
-        attention_factors: What HF multiplies each rope's cos and sin with (yarn, longrope; 1 otherwise). Queries and
-            keys both carry it; see `layer_specs` for what carries it here.
+        attention_factors: What each rope's cosines and sines are multiplied with (yarn, longrope; 1 otherwise).
     """
 
     def __init__(self, architecture: Architecture) -> None:
         found = [_frequencies(rope, architecture.head_dim, architecture.folder) for rope in architecture.ropes]
         self.attention_factors = [factor for _, factor in found]
         self._frequencies = torch.stack([frequencies for frequencies, _ in found])
+        self._factors = torch.tensor(self.attention_factors)
 
     def rotations(self, position_ids: Tensor) -> Tensor:
-        """Cosines and sines [2, ropes, s, b, 1, columns / 2] in fp32, for position ids [b, s]."""
-        self._frequencies = self._frequencies.to(position_ids.device)
+        """Cosines and sines [2, ropes, s, b, 1, columns / 2] in fp32, factors included, for position ids [b, s]."""
+        self._frequencies, self._factors = (each.to(position_ids.device) for each in (self._frequencies, self._factors))
         angles = (position_ids.t().float()[..., None] * self._frequencies[:, None, None, :]).unsqueeze(3)
-        return torch.stack((angles.cos(), angles.sin()))
+        return torch.stack((angles.cos(), angles.sin())) * self._factors[:, None, None, None, None]
 
 
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
