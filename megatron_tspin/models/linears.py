@@ -21,6 +21,8 @@ from torch import Tensor
 class PackedWeight:
     """A weight [n, k] in oneDNN's own layout: a copy of it, of use until it is changed.
 
+    A change in place is noticed by torch's version counter, which what is written through `.data` passes by.
+
     Args:
         weight: fp32, on a CPU; see `can_be_packed`.
     """

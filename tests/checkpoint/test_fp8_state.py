@@ -90,7 +90,7 @@ def test_scales_come_back_under_any_layout(
     saving: int, loading: int, ranks: Any, tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
     hf, folder = tiny_checkpoint("tied"), tmp_path / "step_00000001"
-    source, target = (ParallelSection(**LAYOUTS[number]) for number in (saving, loading))  # type: ignore[arg-type]
+    source, target = (ParallelSection(**LAYOUTS[number]) for number in (saving, loading))
     ranks(source.world_size).run(save, hf, folder, source)
     assert json.loads((folder / "manifest.json").read_text())["facts"]["delayed_scaling"] == LENGTH
     layers: dict[int, list[float]] = {}

@@ -35,11 +35,11 @@ class Letters:
     ],
 )
 def test_the_first_stop_ends_an_answer(stop: list[str], answer: list[int]) -> None:
-    stops = stops_of_run(stop, Letters())  # type: ignore[arg-type]
+    stops = stops_of_run(stop, Letters())
     assert [stops.end(answer[: count + 1]) for count in range(len(answer))] == [False] * (len(answer) - 1) + [True]
 
 
 def test_a_long_text_far_into_an_answer() -> None:
-    stops = stops_of_run(["ab" * 20], Letters())  # type: ignore[arg-type]
+    stops = stops_of_run(["ab" * 20], Letters())
     answer = [2] * 500 + [2, 3] * 20
     assert stops.end(answer) and not stops.end(answer[:-1])

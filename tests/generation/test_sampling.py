@@ -18,10 +18,10 @@ from tests.rank_pool import in_layout
 
 
 def decoding(**settings: float) -> Decoding:
-    return Decoding(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, **settings})  # type: ignore[arg-type]
+    return Decoding(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, **settings})
 
 
-WHOLE = VocabularyShard(0, 6, 6, SimpleNamespace(size=lambda: 1))  # type: ignore[arg-type]
+WHOLE = VocabularyShard(0, 6, 6, SimpleNamespace(size=lambda: 1))
 
 
 def whole(size: int) -> VocabularyShard:

@@ -83,7 +83,7 @@ def assert_right(found: Any, vocab_size: int, dtype: torch.dtype, own: bool) -> 
         assert torch.allclose(torch.from_numpy(log_probs).double(), expected, rtol=precision, atol=precision)
         assert (log_probs == found[0][0]).all(), "TP ranks have to agree to the bit"
     precision = 3e-6 if dtype == torch.float32 else 5e-3  # of the largest entry
-    summed = sum(torch.from_numpy(share) for _, share, _ in found).double()  # type: ignore[attr-defined]
+    summed = sum(torch.from_numpy(share) for _, share, _ in found).double()
     assert (summed - hidden_gradient).abs().max() < precision * hidden_gradient.abs().max()
     assert not summed[11:].any(), "a position that predicts nothing has a gradient"
     rows = torch.cat([torch.from_numpy(part) for _, _, part in found]).double()
@@ -132,7 +132,7 @@ def nothing_to_predict(tp: int, diagnostics: bool) -> Any:
             hidden.requires_grad_(), rows, ResponseTargets(none, none, none, 2, diagnostics), shard
         )
         found.sum().backward()
-        return found.tolist(), [bool(each.grad.any()) for each in (hidden, rows)]  # type: ignore[union-attr]
+        return found.tolist(), [bool(each.grad.any()) for each in (hidden, rows)]
 
 
 @pytest.mark.parametrize("diagnostics", [False, True])
@@ -190,7 +190,7 @@ def diagnosed(tp: int, vocab_size: int, tile: tuple[int, int]) -> Any:
                 found = sequence_log_probs(states, rows, replace(targets, diagnostics=diagnostics), shard)
                 # What comes back for entropy and top-1 must go nowhere.
                 found.backward(gradient.expand(3, -1) if diagnostics else gradient)
-            results.append((found.detach().numpy(), states.grad.numpy()))  # type: ignore[union-attr]
+            results.append((found.detach().numpy(), states.grad.numpy()))
         return results
 
 
@@ -230,7 +230,7 @@ def largest_output(compute: Any, dtype: torch.dtype, tokens: int, vocab_size: in
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (tokens, vocab_size))
     ids = torch.randint(0, vocab_size, (tokens,), generator=generator)
-    weight.main_grad = torch.zeros(vocab_size, width)  # type: ignore[attr-defined]
+    weight.main_grad = torch.zeros(vocab_size, width)
     targets = ResponseTargets(torch.arange(tokens), ids, torch.arange(tokens) % 3, 3)
     shard = VocabularyShard(0, vocab_size, vocab_size, ALONE)
     with LargestOutput() as largest:
